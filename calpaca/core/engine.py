@@ -1,0 +1,322 @@
+"""The Engine protocol: text or token ids in, chunks out, through one thread-safe call.
+
+`submit(request)` returns a `Handle` at once. The handle is iterated, awaited or cancelled, from any thread or event
+loop; batching lives below this call, so threads, asyncio and a server share the same forward passes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from calpaca.core.errors import UnsupportedError, UsageError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off.
+
+    `max_new_tokens` None means 512 or what is left of the context, whichever is less; a number that does not fit is an
+    error. `logprobs` is how many alternatives are reported beside each chosen token. Raises UsageError out of range.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        bounds: tuple[tuple[str, bool, str], ...] = (
+            ("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0.0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("repetition_penalty", self.repetition_penalty > 0.0, "above 0"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+            ("stop", all(self.stop), "texts of at least one character"),
+        )
+        for name, holds, allowed in bounds:
+            if not holds:
+                raise UsageError(f"{name} is {getattr(self, name)!r}.", f"It must be {allowed}.")
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What the text must look like: a JSON schema (mapping), a regular expression or a Lark grammar (strings)."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    value: Mapping[str, Any] | str
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation. `prompt` is text, tokenised as it stands, or token ids.
+
+    `adapter` names a loaded adapter; `cache_key` groups requests that share a prefix, for engines that cache by key.
+    """
+
+    prompt: str | tuple[int, ...]
+    sampling: Sampling = Sampling()
+    grammar: Grammar | None = None
+    adapter: str | None = None
+    cache_key: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural logarithm of the model's probability of a token, before temperature, penalties and grammar."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts. `estimated` where the engine does not know the ids and counted otherwise."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    estimated: bool = False
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.estimated or other.estimated,
+        )
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds from `submit` to the first token and to the end."""
+
+    first_token: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of an answer. The last one carries `finish_reason`, `usage` and `timings`; `stop` is the text that ended
+    it, where a stop text did."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop: str | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """All chunks of a request together."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason
+    stop: str | None
+    usage: Usage
+    timings: Timings
+
+
+class Handle:
+    """One request under way. Safe to use from any thread and any event loop.
+
+    Iterating (`for` or `async for`) gives the chunks as they come, from the first one, also for a late or second
+    reader; leaving the loop early cancels the request. `result()` or `await` gives the whole completion.
+    """
+
+    def __init__(self, cancel: Callable[[], None] = lambda: None) -> None:
+        self._chunks: list[Chunk] = []
+        self._error: BaseException | None = None
+        self._finished = False
+        self._changed = threading.Condition()
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._cancel = cancel
+
+    # For the engine ------------------------------------------------------------------------------------------------
+    def put(self, chunk: Chunk) -> None:
+        """Add a chunk; one with a finish reason ends the handle."""
+        with self._changed:
+            if self._finished:
+                return
+            self._chunks.append(chunk)
+            self._finished = chunk.finish_reason is not None
+            self._notify()
+
+    def fail(self, error: BaseException) -> None:
+        """End the handle with an error, which every reader gets."""
+        with self._changed:
+            if self._finished:
+                return
+            self._error, self._finished = error, True
+            self._notify()
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        for loop, event in self._waiters:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(event.set)
+
+    # For the reader ------------------------------------------------------------------------------------------------
+    @property
+    def done(self) -> bool:
+        return self._finished
+
+    def cancel(self) -> None:
+        """Ask the engine to stop; the handle then ends with the finish reason `cancelled`. Idempotent."""
+        if not self._finished:
+            self._cancel()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        position = 0
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._has(position))
+                    chunk = self._take(position)
+                if chunk is None:
+                    return
+                position += 1
+                yield chunk
+        finally:
+            self.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        position = 0
+        event = asyncio.Event()
+        waiter = (asyncio.get_running_loop(), event)
+        with self._changed:
+            self._waiters.append(waiter)
+        try:
+            while True:
+                event.clear()
+                with self._changed:
+                    ready = self._has(position)
+                    chunk = self._take(position) if ready else None
+                if not ready:
+                    await event.wait()
+                    continue
+                if chunk is None:
+                    return
+                position += 1
+                yield chunk
+        finally:
+            with self._changed:
+                self._waiters.remove(waiter)
+            self.cancel()
+
+    def _has(self, position: int) -> bool:
+        return position < len(self._chunks) or self._finished
+
+    def _take(self, position: int) -> Chunk | None:
+        if position < len(self._chunks):
+            return self._chunks[position]
+        if self._error is not None:
+            raise self._error
+        return None
+
+    def result(self, timeout: float | None = None) -> Completion:
+        """Wait for the end. Raises the engine's error, or TimeoutError after `timeout` seconds."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._finished, timeout):
+                raise TimeoutError(f"no result within {timeout} s")
+        return self._completion()
+
+    def __await__(self) -> Generator[Any, None, Completion]:
+        return self._drain().__await__()
+
+    async def _drain(self) -> Completion:
+        async for _ in self:
+            pass
+        return self._completion()
+
+    def _completion(self) -> Completion:
+        if self._error is not None:
+            raise self._error
+        last = self._chunks[-1]
+        assert last.finish_reason is not None
+        return Completion(
+            text="".join(chunk.text for chunk in self._chunks),
+            token_ids=tuple(token for chunk in self._chunks for token in chunk.token_ids),
+            logprobs=tuple(logprob for chunk in self._chunks for logprob in chunk.logprobs),
+            finish_reason=last.finish_reason,
+            stop=last.stop,
+            usage=last.usage or Usage(),
+            timings=last.timings or Timings(0.0, 0.0),
+        )
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine can do. `max_logprobs` counts alternatives per token; `grammars` lists the `Grammar` kinds."""
+
+    context_length: int
+    token_ids: bool = True
+    max_logprobs: int = 0
+    grammars: frozenset[str] = frozenset()
+    adapters: bool = False
+    seed: bool = True
+    batching: bool = True
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What runs a model. One thread-safe primitive, `submit`; everything else describes or closes it."""
+
+    name: str
+
+    def capabilities(self) -> Capabilities: ...
+
+    def submit(self, request: Request) -> Handle:
+        """Start a generation. Raises UnsupportedError for what the engine cannot do and ContextOverflowError when
+        prompt and answer do not fit; both before anything runs."""
+        ...
+
+    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """Token ids of `text` as it stands; `special_tokens` adds what the tokenizer puts around a text (bos)."""
+        ...
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+    def close(self) -> None:
+        """Cancel what runs, free memory. Idempotent."""
+        ...
+
+
+def refuse_unsupported(engine: str, capabilities: Capabilities, request: Request) -> None:
+    """Raise UnsupportedError for the first field of `request` that `capabilities` do not cover."""
+    asked = (
+        (request.adapter is not None and not capabilities.adapters, "an adapter per request",
+         "Load the model with --adapter instead."),
+        (request.grammar is not None and request.grammar.kind not in capabilities.grammars,
+         f"a {request.grammar.kind if request.grammar else ''} grammar", "Use --engine transformers."),
+        ((request.sampling.logprobs or 0) > capabilities.max_logprobs, f"{request.sampling.logprobs} logprobs",
+         f"It gives at most {capabilities.max_logprobs}; use --engine transformers."),
+        (request.sampling.logprobs is not None and capabilities.max_logprobs == 0, "logprobs",
+         "Use --engine transformers."),
+        (request.sampling.seed is not None and not capabilities.seed, "a seed", "Use --engine transformers."),
+    )  # fmt: skip
+    for refused, what, hint in asked:
+        if refused:
+            raise UnsupportedError(f"The engine '{engine}' does not support {what}.", hint)

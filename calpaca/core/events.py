@@ -1,0 +1,72 @@
+"""What an app, an index or a job reports while it works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from calpaca.core.engine import Usage
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step begins: `index` of `total`, counted from 1; `total` is 0 where it is not known."""
+
+    name: str
+    index: int
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Token:
+    """A piece of text as the model produced it. `step` counts as in `Step`; the last step's text is the answer."""
+
+    text: str
+    step: int = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """A passage the answer rests on. `start` and `end` are lines counted from 1, both included."""
+
+    source: str
+    text: str
+    page: int | None = None
+    start: int | None = None
+    end: int | None = None
+    score: float | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UsageReport:
+    """Tokens used so far."""
+
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` `unit`s; `total` is None where it is not known."""
+
+    done: int
+    total: int | None
+    unit: str
+    what: str = ""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One line a person should read: something was skipped, replaced or not found."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """The last event: the app's whole answer as a mapping, as `--json` prints it."""
+
+    value: dict[str, Any]
+
+
+Event = Step | Token | Source | UsageReport | Progress | Notice | Result

@@ -1,0 +1,109 @@
+"""Settings: one typed tree, read once and passed down.
+
+A value is taken from, in order: the typed option, the environment (`CALPACA_MODEL`, nested names with two underscores:
+`CALPACA_SAMPLING__TEMPERATURE`), `calpaca.toml` in the current folder, `config.toml` in the user's configuration
+folder, the default here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from calpaca.core.errors import UsageError, nearest
+from calpaca.core.paths import config_dir
+from calpaca.core.spec import ModelSpec
+
+PROJECT_FILE = Path("calpaca.toml")
+
+
+class SamplingSettings(BaseModel):
+    """Defaults for every generation; an option or argument overrides them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_new_tokens: int | None = Field(None, description="Longest answer in tokens; empty: 512 or what is left.")
+    temperature: float = Field(0.0, description="0 always takes the likeliest token.")
+    top_p: float = Field(1.0, description="Keep the likeliest tokens that together reach this probability.")
+    top_k: int = Field(0, description="Keep this many of the likeliest tokens; 0 keeps all.")
+    repetition_penalty: float = Field(1.0, description="Above 1 makes tokens that occurred already less likely.")
+    seed: int | None = Field(None, description="Makes sampling repeatable.")
+    stop: tuple[str, ...] = Field((), description="Texts that end an answer.")
+
+
+class Settings(BaseSettings):
+    """The whole tree."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix="CALPACA_", env_nested_delimiter="__", nested_model_default_partial_update=True
+    )
+
+    model: str | None = Field(None, description="Model used when none is named; empty: the catalogue's default.")
+    embedding: str | None = Field(None, description="Embedding model used when none is named.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:0 or cuda:0,1.")
+    engine: str = Field("auto", description="Engine used when none is named.")
+    hub_timeout: float = Field(3.0, description="Seconds to wait for a model hub before the next source is tried.")
+    sampling: SamplingSettings = Field(SamplingSettings(), description="Defaults for every generation.")
+    models: dict[str, ModelSpec] = Field({}, description="Named models: [models.NAME] model = …, adapters = […].")
+    apps: dict[str, dict[str, Any]] = Field({}, description="Configured apps: [apps.NAME] app = …, and its options.")
+    plugins: dict[str, dict[str, Any]] = Field({}, description="A plugin's own settings, checked by the plugin.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Typed option, environment, project file, user file."""
+        files = [TomlConfigSettingsSource(settings_cls, file) for file in (PROJECT_FILE, user_file())]
+        return (init_settings, _SettingsEnvironment(settings_cls), *files)
+
+
+class _SettingsEnvironment(EnvSettingsSource):
+    """`CALPACA_PLUGINS`, `CALPACA_MODELS` and `CALPACA_APPS` are no settings: the first limits which plugins load."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        if field_name in {"plugins", "models", "apps"}:
+            return None, field_name, False
+        return super().get_field_value(field, field_name)
+
+
+def user_file() -> Path:
+    return config_dir() / "config.toml"
+
+
+def read_settings(**options: Any) -> Settings:
+    """Read the tree; `options` are typed options and override every file.
+
+    Raises UsageError that names the file or setting, and the nearest known name for an unknown one.
+    """
+    try:
+        return Settings(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            match = nearest(str(first["loc"][-1]), _known_names(first["loc"]))
+            suggestion = f"Did you mean '{match}'? " if match else ""
+            raise UsageError(f"Unknown setting '{name}'.", f"{suggestion}`calpaca settings` lists them.") from error
+        raise UsageError(f"Setting '{name}' is {first['input']!r}: {first['msg']}.", "See `calpaca settings`.") from error
+    except ValueError as error:
+        raise UsageError(f"A settings file is not valid TOML: {error}.", f"Check {PROJECT_FILE} and {user_file()}.") from error
+
+
+def _known_names(location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the model that holds the last part of `location`."""
+    owner: type[BaseModel] = {"models": ModelSpec, "sampling": SamplingSettings}.get(str(location[0]), Settings)
+    return list(owner.model_fields)

@@ -1,0 +1,76 @@
+"""The App contract: what a plugin offers to run, described once for every face."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from calpaca.core.errors import PluginError
+from calpaca.core.events import Event
+from calpaca.core.jobs import JobRecord
+from calpaca.core.registry import Component, load_target
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from calpaca.core.runtime import Runtime
+
+
+class AnswerRunner(Protocol):
+    """What `build` of an `answer` app returns: a LangChain Runnable that answers an input.
+
+    `stream` gives events, the last one a `Result`; `invoke` gives that result's value.
+    """
+
+    def invoke(self, input: str, config: Any = None, **kwargs: Any) -> dict[str, Any]: ...
+
+    def stream(self, input: str, config: Any = None, **kwargs: Any) -> Iterator[Event]: ...
+
+
+class JobRunner(Protocol):
+    """What `build` of a `job` app returns: a handle on work that is recorded in the ledger and can be resumed."""
+
+    @property
+    def id(self) -> str: ...
+
+    def status(self) -> JobRecord: ...
+
+    def events(self) -> Iterator[Event]:
+        """Do the work, reporting on it; the last event is a `Result`. Closing the iterator cancels."""
+        ...
+
+    def cancel(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class App(Component):
+    """Something a plugin offers to run.
+
+    `target` is `module:function`, called with (options, runtime); `options` is `module:PydanticModel`. Flags, form
+    fields and the JSON schema come from that model. `input` names the option that holds the question or text, `answer`
+    the key of the result that holds the answer. `kind` `answer` returns an AnswerRunner, `job` a JobRunner; `effects`
+    says whether it writes anything a person would miss. Only `answer` apps that only read are served as models.
+    """
+
+    options: str = ""
+    kind: Literal["answer", "job"] = "answer"
+    effects: Literal["read", "write"] = "read"
+    input: str | None = None
+    answer: str = "answer"
+
+    def load_options(self) -> type[BaseModel]:
+        """Import the options model."""
+        model: type[BaseModel] = load_target(self.options, feature=f"App '{self.name}'", extra=self.extra)
+        return model
+
+    def build(self, options: BaseModel, runtime: Runtime) -> Any:
+        """Import and call the app's builder."""
+        runner = self.load()(options, runtime)
+        wanted = "stream" if self.kind == "answer" else "events"
+        if not callable(getattr(runner, wanted, None)):
+            raise PluginError(
+                f"App '{self.name}' is of kind '{self.kind}', but what it built has no {wanted}().",
+                "Report this to the plugin's author.",
+            )
+        return runner
