@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from calpaca.core.errors import UnsupportedError, UsageError
+from calpaca.core.template import ChatTemplate
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -285,6 +286,7 @@ class Engine(Protocol):
     """What runs a model. One thread-safe primitive, `submit`; everything else describes or closes it."""
 
     name: str
+    template: ChatTemplate
 
     def capabilities(self) -> Capabilities: ...
 
