@@ -1,0 +1,105 @@
+"""The options that every app shares, and how an app's options model becomes flags.
+
+An app that runs a model inherits its `Options` from these two; then its flags, its section in the settings and its
+JSON schema carry the shared options under the names they have everywhere:
+
+    class Options(ModelOptions, SamplingOptions):
+        files: Annotated[list[Path], Flag("file")] = Field([], description="A document or folder; repeat for several.")
+        question: str | None = Field(None, description="What to ask.")
+
+A field's type is one of str, int, float, bool, Path, an Enum, a Literal, a list or tuple of one of these, or one of
+them `| None`. Its description is the flag's help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from calpaca.core.engine import Sampling
+from calpaca.core.errors import UsageError, nearest
+from calpaca.core.settings import Settings
+from calpaca.core.spec import AdapterSpec, ModelSpec
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Another name for a field on the command line: a list called `files` reads better as a repeated `--file`."""
+
+    name: str
+
+
+class ModelOptions(BaseModel):
+    """Which model an app runs, and how. What is left out comes from the settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | None = Field(None, description="Catalogue name, hub id, folder, .gguf file or name from the settings.")
+    adapters: Annotated[list[str], Flag("adapter")] = Field(
+        [], description="LoRA adapter to put on the model; repeat for several, in order. PATH@0.5 halves its strength."
+    )
+    tokenizer: str | None = Field(None, description="Folder or id of another tokenizer.")
+    chat_template: str | None = Field(None, description="Name of a built-in chat template, or a Jinja file.")
+    embedding: str | None = Field(None, description="Embedding model: name, id or sentence-transformers folder.")
+    engine: str = Field("auto", description="Engine that runs the model.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:0 or cuda:0,1.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Type of the weights.")
+    quantization: Literal["8bit", "4bit"] | None = Field(None, description="Load the weights smaller; needs CUDA.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+
+    def spec(self) -> ModelSpec:
+        """The model these options name, without its embedding model."""
+        shared = {name: getattr(self, name) for name in ModelSpec.model_fields if name != "adapters"}
+        return ModelSpec(**shared, adapters=tuple(AdapterSpec.model_validate(adapter) for adapter in self.adapters))
+
+
+class SamplingOptions(BaseModel):
+    """How tokens are chosen. What is left out comes from the settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_new_tokens: int | None = Field(None, description="Longest answer in tokens.")
+    temperature: float | None = Field(None, description="0 always takes the likeliest token.")
+    top_p: float | None = Field(None, description="Keep the likeliest tokens that together reach this probability.")
+    top_k: int | None = Field(None, description="Keep this many of the likeliest tokens; 0 keeps all.")
+    repetition_penalty: float | None = Field(None, description="Above 1 makes tokens that occurred less likely.")
+    seed: int | None = Field(None, description="Makes sampling repeatable.")
+    stop: list[str] | None = Field(None, description="Text that ends an answer; repeat for several.")
+
+    def sampling(self, settings: Settings) -> Sampling:
+        """These options over the defaults of the settings. Raises UsageError for a value out of range."""
+        given = {name: getattr(self, name) for name in SamplingOptions.model_fields}
+        values = settings.sampling.model_dump() | {name: value for name, value in given.items() if value is not None}
+        return Sampling(**{**values, "stop": tuple(values["stop"])})
+
+
+SHARED = (ModelOptions, SamplingOptions)
+
+
+def read_options(model: type[BaseModel], values: Mapping[str, Any], where: str) -> BaseModel:
+    """Validate an app's options. Raises UsageError that names the option, `where` it was given, and the nearest name."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        if first["type"] == "extra_forbidden":
+            match = nearest(name, model.model_fields)
+            suggestion = f"Did you mean '{match}'? " if match else ""
+            known = ", ".join(sorted(model.model_fields))
+            raise UsageError(f"{where} has no option '{name}'.", f"{suggestion}Known: {known}.") from error
+        if first["type"] == "missing":
+            raise UsageError(f"{where} needs the option '{name}'.", f"Give --{flag_name(model, name)}.") from error
+        subject = f"Option --{flag_name(model, name)} is {first['input']!r}" if name else f"Options of {where}"
+        raise UsageError(f"{subject}: {first['msg']}.", f"See: calpaca run {where} --help") from error
+
+
+def flag_name(model: type[BaseModel], field: str) -> str:
+    """The name of a field's flag, without the dashes in front."""
+    info = model.model_fields.get(field)
+    marks = [mark for mark in info.metadata if isinstance(mark, Flag)] if info is not None else []
+    return marks[0].name if marks else field.replace("_", "-")
