@@ -63,10 +63,9 @@ class Registry(Generic[C]):
         """Add a component offered by `owner` (a plugin's name). Raises PluginError when the name is taken."""
         if component.name in self._components:
             raise PluginError(
-                f"Plugin '{owner}' offers the {self.kind} '{component.name}', "
-                f"which plugin '{self._owners[component.name]}' offers already.",
-                f"Uninstall one of them, or leave one out with CALPACA_PLUGINS (owners: "
-                f"{self._owners[component.name]}, {owner}).",
+                f"Plugin {owner} offers the {self.kind} '{component.name}', "
+                f"which plugin {self._owners[component.name]} offers already.",
+                "Uninstall one of the two, or name the plugins to load in CALPACA_PLUGINS.",
             )
         self._components[component.name] = component
         self._owners[component.name] = owner
@@ -81,6 +80,11 @@ class Registry(Generic[C]):
     def owner(self, name: str) -> str:
         """The plugin that offers `name`."""
         return self._owners[name]
+
+    def withdraw(self, owner: str) -> None:
+        """Take out everything that `owner` offers."""
+        for name in [name for name, offered_by in self._owners.items() if offered_by == owner]:
+            del self._components[name], self._owners[name]
 
     def names(self) -> list[str]:
         return sorted(self._components)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calpaca.core.embedding import Embedder, SentenceTransformerEmbedder
 from calpaca.core.jobs import Ledger
@@ -29,6 +29,7 @@ class Runtime:
         self.loaders: Registry[Component] = Registry("document loader")
         self.stores: Registry[Component] = Registry("vector store")
         self.apps: Registry[Component] = Registry("app")
+        self.plugins: Any = None  # what discovery found; opaque here, since plugins lie above the core
         self._models: dict[str, Model] = {}
         self._embedders: dict[str, Embedder] = {}
         self._lock = threading.RLock()
