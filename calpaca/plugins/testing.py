@@ -53,6 +53,7 @@ _VOCABULARY = 262
 _EOS = 261
 _ALPHABET = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz ", dtype=np.uint8)
 _CLOSING = np.array([*b'"}]', _EOS])
+_WHITESPACE = np.array([*b" \n\r\t"])
 _UNLIKELY = -40.0
 _SCRIPTED = 100.0
 
@@ -203,7 +204,7 @@ class _Work:
         while len(tokens) < (self.room or 512):
             logits = self._logits(len(tokens))
             if self.matcher is not None:
-                logits[_CLOSING] = 20.0
+                logits[_CLOSING], logits[_WHITESPACE] = 20.0, 2 * _UNLIKELY
                 allowed = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
                 logits[np.unpackbits(allowed, bitorder="little")[:_VOCABULARY] == 0] = -np.inf
             token = _choose(logits, self.sampling, tokens, random)
