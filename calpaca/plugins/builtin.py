@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from calpaca.core.registry import Component
+from calpaca.documents.loaders import LoaderComponent
 from calpaca.plugins.hookspecs import hookimpl
 
 calpaca_api = ">=1,<2"
@@ -34,8 +35,22 @@ def register_sources() -> list[Component]:
 
 
 @hookimpl
+def register_loaders() -> list[Component]:
+    return [
+        LoaderComponent(
+            "text", "Plain text in any common encoding.", "calpaca.documents.text:TextLoader",
+            suffixes=(".txt", ".text", ".log", ".rst"),
+        ),
+        LoaderComponent(
+            "markdown", "Markdown, with its headings.", "calpaca.documents.text:MarkdownLoader",
+            suffixes=(".md", ".markdown"),
+        ),
+    ]  # fmt: skip
+
+
+@hookimpl
 def register_stores() -> list[Component]:
     return [
-        Component("faiss", "FAISS, in files of its own beside JSON.", "calpaca.documents.stores.faiss:open_store"),
+        Component("faiss", "FAISS, its vectors in one SQLite file.", "calpaca.documents.stores.faiss:open_store"),
         Component("chroma", "Chroma, in a folder.", "calpaca.documents.stores.chroma:open_store", extra="chroma"),
     ]

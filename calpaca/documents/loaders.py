@@ -1,0 +1,112 @@
+"""Finding files and reading them with the loader that knows their kind.
+
+Nothing heavy is imported here: plugins describe their loaders with `LoaderComponent` when they are registered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calpaca.core.errors import CalpacaError, DocumentError
+from calpaca.core.registry import Component, Registry
+
+if TYPE_CHECKING:
+    from langchain_core.documents import Document
+
+_IGNORED_FOLDERS = frozenset({"__pycache__", "node_modules", "venv"})
+
+
+@dataclass(frozen=True)
+class LoaderComponent(Component):
+    """A document loader and the file endings it reads, in lower case with the dot.
+
+    The target is called with a path (str) and returns a `langchain_core.document_loaders.BaseLoader`.
+    """
+
+    suffixes: tuple[str, ...] = ()
+
+
+@dataclass
+class FoundFiles:
+    """Files to read, and those of `folders` that no loader knows, counted by ending.
+
+    `named` files were asked for one by one: one that cannot be read is an error, where one in a folder is skipped.
+    """
+
+    named: list[Path] = field(default_factory=list)
+    in_folders: list[Path] = field(default_factory=list)
+    unknown: dict[str, int] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Path]:
+        """All files, each once."""
+        return iter(dict.fromkeys((*self.named, *self.in_folders)))
+
+
+def find_files(paths: Sequence[str | Path], loaders: Registry[Component]) -> FoundFiles:
+    """The files at `paths`, folders searched all the way down.
+
+    Hidden files and folders are left out; links are followed, once. Raises DocumentError when a path does not exist.
+    """
+    found = FoundFiles()
+    known = {suffix for loader in loaders for suffix in getattr(loader, "suffixes", ())}
+    for given in paths:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            _search(path, known, found)
+        elif path.exists():
+            found.named.append(path.resolve())
+        else:
+            raise DocumentError(f"There is no file or folder {given}.", _nearby(path))
+    return found
+
+
+def _search(folder: Path, known: set[str], found: FoundFiles) -> None:
+    """Add the files below `folder`, in the order of their names."""
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(parent)  # noqa: PTH116  # os.walk gives names, not paths
+        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _IGNORED_FOLDERS)
+        for name in sorted(name for name in files if not name.startswith(".")):
+            suffix = Path(name).suffix.lower()
+            if suffix in known:
+                found.in_folders.append(Path(parent, name).resolve())
+            else:
+                found.unknown[suffix or "no ending"] = found.unknown.get(suffix or "no ending", 0) + 1
+
+
+def _nearby(path: Path) -> str:
+    from calpaca.core.errors import nearest
+
+    try:
+        match = nearest(path.name, (entry.name for entry in path.parent.iterdir()))
+    except OSError:
+        return f"The folder {path.parent} does not exist either."
+    return f"Did you mean {path.parent / match}?" if match else "Check the path."
+
+
+def load_file(path: Path, loaders: Registry[Component]) -> list[Document]:
+    """Read a file with the loader for its ending; a file with an ending that none knows is tried as text.
+
+    Raises DocumentError when the file cannot be read or holds no text.
+    """
+    suffix = path.suffix.lower()
+    component = next((loader for loader in loaders if suffix in getattr(loader, "suffixes", ())), None)
+    try:
+        documents: list[Document] = list((component or loaders.get("text")).load()(str(path)).lazy_load())
+    except CalpacaError:
+        raise
+    except OSError as error:
+        raise DocumentError(f"{path} cannot be read: {error.strerror or error}.", "Check its permissions.") from error
+    except Exception as error:  # a plugin's loader may raise anything
+        raise DocumentError(f"{path} cannot be read: {error}.", "Check that the file is not damaged.") from error
+    if not any(document.page_content.strip() for document in documents):
+        raise DocumentError(f"{path} holds no text.", "Name a file with text in it.")
+    return documents
