@@ -1,0 +1,122 @@
+"""Printing what an app reports: the answer and its sources on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from calpaca.core.events import Event, Notice, Progress, Result, Source, Step, Token
+
+
+class AnswerPrinter:
+    """Prints events as they come.
+
+    The text of the last step is the answer and goes to `out`; that of earlier steps goes to `err` when it is a
+    terminal or `verbose` is set. With `as_json` only the result's value goes to `out`, as one object.
+    """
+
+    def __init__(self, out: TextIO, err: TextIO, *, answer: str, as_json: bool = False, verbose: bool = False) -> None:
+        self.out = out
+        self.err = err
+        self.answer = answer
+        self.as_json = as_json
+        self.show_steps = verbose or err.isatty()
+        self.verbose = verbose
+        self._is_last_step = True
+        self._answered = False
+        self._drafted = False
+        self._sources: list[Source] = []
+        self._bar: Any = None
+        self._bar_key: tuple[str, str] | None = None
+
+    def show(self, events: Iterable[Event]) -> None:
+        """Print all events. Closes `events` when it is left early, so that the work stops."""
+        try:
+            for event in events:
+                self._show(event)
+        finally:
+            self._end_bar()
+            close = getattr(events, "close", None)
+            if close is not None:
+                close()
+
+    def _show(self, event: Event) -> None:
+        match event:
+            case Progress():
+                self._progress(event)
+            case Step():
+                self._step(event)
+            case Token():
+                self._token(event)
+            case Source():
+                self._sources.append(event)
+            case Notice():
+                self._aside(f"Note: {event.text}\n")
+            case Result():
+                self._result(event)
+
+    def _step(self, step: Step) -> None:
+        self._is_last_step = step.index == step.total
+        if step.total != 1 and self.show_steps:
+            position = f"{step.index} of {step.total}" if step.total else str(step.index)
+            self._aside(("\n" if self._drafted else "") + f"[step {position}: {step.name}]\n")
+
+    def _token(self, token: Token) -> None:
+        self._end_bar()
+        if not self._is_last_step:
+            if self.show_steps:
+                self._drafted = True
+                self._write(self.err, token.text)
+        elif not self.as_json:
+            self._answered = self._answered or bool(token.text)
+            self._write(self.out, token.text)
+
+    def _result(self, result: Result) -> None:
+        self._end_bar()
+        if self.as_json:
+            self._write(self.out, json.dumps(result.value, ensure_ascii=False, indent=2, default=str) + "\n")
+            return
+        text = "" if self._answered else str(result.value.get(self.answer, ""))
+        self._write(self.out, f"{text}\n")
+        if self._sources:
+            self._write(self.out, "\nSources\n" + "".join(self._source(*pair) for pair in enumerate(self._sources, 1)))
+
+    def _source(self, number: int, source: Source) -> str:
+        place = source.source
+        if source.page is not None:
+            place += f", page {source.page}"
+        if source.start is not None:
+            ends_elsewhere = source.end is not None and source.end != source.start
+            place += f", lines {source.start}-{source.end}" if ends_elsewhere else f", line {source.start}"
+        score = f"  ({source.score:.2f})" if source.score is not None else ""
+        text = "".join(f"      {line}\n" for line in source.text.splitlines()) if self.verbose else ""
+        return f"  [{number}] {place}{score}\n{text}"
+
+    def _progress(self, progress: Progress) -> None:
+        key = (progress.what, progress.unit)
+        if key != self._bar_key:
+            self._end_bar()
+            self._bar_key = key
+            self._bar = tqdm(
+                total=progress.total, desc=progress.what or None, unit=f" {progress.unit}", file=self.err,
+                disable=not self.err.isatty(), leave=False, dynamic_ncols=True,
+            )  # fmt: skip
+        self._bar.total = progress.total
+        self._bar.update(progress.done - self._bar.n)
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = self._bar_key = None
+
+    def _aside(self, text: str) -> None:
+        self._end_bar()
+        self._write(self.err, text)
+
+    @staticmethod
+    def _write(stream: TextIO, text: str) -> None:
+        stream.write(text)
+        stream.flush()

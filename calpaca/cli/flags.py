@@ -1,0 +1,121 @@
+"""Flags from an app's options model: one for each field."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from calpaca.core.errors import PluginError
+from calpaca.plugins.options import SHARED, ModelOptions, SamplingOptions, flag_name
+
+RUN_FLAGS = {"json", "verbose", "help"}
+"""Flags of `calpaca run` itself, which no option of an app may take."""
+
+_SCALARS: dict[type, click.ParamType[Any]] = {
+    str: click.STRING,
+    int: click.INT,
+    float: click.FLOAT,
+    Path: click.Path(path_type=Path),
+}
+_ALLOWED = "Allowed: str, int, float, bool, Path, an Enum, a Literal, a list or tuple of one of these, or one `| None`."
+
+
+def flags(app: str, model: type[BaseModel]) -> list[click.Option]:
+    """One click option for each field of `model`, the app's own first.
+
+    Raises PluginError that names both sides when two fields, or a field and a shared flag, have one name, and for a
+    field type that has no flag.
+    """
+    taken: dict[str, str] = {name: f"calpaca run itself (--{name})" for name in RUN_FLAGS}
+    shared = {flag_name(owner, name): owner for owner in SHARED for name in owner.model_fields}
+    made: list[click.Option] = []
+    for name in sorted(model.model_fields, key=lambda field: _owner(model, field) in SHARED):
+        flag, owner = flag_name(model, name), _owner(model, name)
+        if flag in shared and owner not in SHARED:
+            taken[flag] = f"the shared option {shared[flag].__name__}.{flag.replace('-', '_')}"
+        option = _option(app, model, name)
+        for spelling in (*option.opts, *option.secondary_opts):
+            _refuse_clash(app, f"{owner.__name__}.{name}", spelling.lstrip("-"), taken)
+        made.append(option)
+    return made
+
+
+def _refuse_clash(app: str, field: str, flag: str, taken: dict[str, str]) -> None:
+    if flag in taken:
+        raise PluginError(
+            f"App '{app}' has the option --{flag} ({field}), which is taken by {taken[flag]}.",
+            "Its author must rename the field, or inherit the shared option.",
+        )
+    taken[flag] = field
+
+
+def _owner(model: type[BaseModel], field: str) -> type[BaseModel]:
+    """The class in whose body the field stands."""
+    classes = (owner for owner in model.__mro__ if field in inspect.get_annotations(owner))
+    return next(classes, model)
+
+
+def group_of(model: type[BaseModel], field: str) -> str:
+    """The heading under which a field's flag is listed."""
+    titles: dict[type[BaseModel], str] = {ModelOptions: "Model options", SamplingOptions: "Sampling options"}
+    return titles.get(_owner(model, field), "Options")
+
+
+def _option(app: str, model: type[BaseModel], name: str) -> click.Option:
+    info, flag = model.model_fields[name], flag_name(model, name)
+    kind, several = _type(info.annotation)
+    description = info.description or ""
+    if kind is bool:
+        return click.Option([name, f"--{flag}/--no-{flag}"], default=None, help=_help(description, info))
+    parameter = _parameter_type(kind)
+    if parameter is None:
+        raise PluginError(f"The option '{name}' of app '{app}' has the type {info.annotation}.", _ALLOWED)
+    return click.Option(
+        [name, f"--{flag}"], type=parameter, multiple=several, help=_help(description, info), metavar=_metavar(kind)
+    )
+
+
+def _type(annotation: Any) -> tuple[Any, bool]:
+    """The type of one value, and whether there may be several."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type(arguments[0])
+    if origin in {Union, types.UnionType}:
+        inner = [argument for argument in arguments if argument is not type(None)]
+        return _type(inner[0]) if len(inner) == 1 else (annotation, False)
+    if origin is list or (origin is tuple and arguments[1:] == (Ellipsis,)):
+        kind, nested = _type(arguments[0])
+        return (annotation if nested or kind is bool else kind), True
+    return annotation, False
+
+
+def _parameter_type(kind: Any) -> click.ParamType[Any] | None:
+    if get_origin(kind) is Literal:
+        return click.Choice(get_args(kind))
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return click.Choice([member.value for member in kind])
+    return _SCALARS.get(kind) if isinstance(kind, type) else None
+
+
+def _metavar(kind: Any) -> str | None:
+    return {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(kind) if isinstance(kind, type) else None
+
+
+def _help(description: str, info: FieldInfo) -> str:
+    """The description, and the default where it says something."""
+    if info.is_required():
+        return f"{description}  [required]".strip()
+    default = info.get_default(call_default_factory=False)
+    shown = default.value if isinstance(default, Enum) else default
+    if shown is None or shown is False or shown == "" or (isinstance(shown, Iterable) and not shown):
+        return description
+    text = ", ".join(map(str, shown)) if isinstance(shown, list | tuple) else str(shown)
+    return f"{description}  [default: {'on' if shown is True else text}]".strip()

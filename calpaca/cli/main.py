@@ -1,0 +1,101 @@
+"""The program: a group of commands that are imported when they are used, and the one place where errors end.
+
+Exit codes: 0 done, 1 failed, 2 wrong use or settings, 3 model, 4 plugin, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from calpaca import __version__
+from calpaca.cli.failure import report
+from calpaca.cli.group import Group
+
+COMMANDS = {
+    "run": ("calpaca.cli.run:run", "Run an app, or list the installed ones."),
+    "models": ("calpaca.cli.models:models", "List, fetch, find and describe models."),
+    "plugins": ("calpaca.cli.plugins:plugins", "List the installed plugins and what is wrong with them."),
+    "jobs": ("calpaca.cli.jobs:jobs", "List, explain and resume long runs."),
+    "settings": ("calpaca.cli.settings:settings", "Show the settings in force and where files lie."),
+}
+"""Name: (import path, sentence). The sentences stand here so that `--help` imports no command."""
+
+
+class LazyGroup(Group):
+    """The commands of `COMMANDS`, imported when they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module_name, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module_name), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, sentence) for name, (_, sentence) in COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, name="calpaca"
+)
+@click.version_option(__version__, prog_name="calpaca", message="%(prog)s %(version)s")
+def program() -> None:
+    """Turn local LLaMA-family weights into applications.
+
+    Answers go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong use or settings, 3 model,
+    4 plugin, 130 interrupted.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    _speak_utf8()
+    _quiet_libraries()
+    try:
+        given = None if arguments is None else list(arguments)
+        code = program.main(given, prog_name="calpaca", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        return report(error)
+
+
+def _speak_utf8() -> None:
+    """Read and write UTF-8 whatever the locale says; what cannot be encoded is escaped instead of an error."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(encoding="utf-8", errors="replace" if stream is sys.stdin else "backslashreplace")
+
+
+def _quiet_libraries() -> None:
+    """Show calpaca's own notices, one line each, and keep other libraries' chatter off the screen."""
+    logger = logging.getLogger("calpaca")
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        logger.addHandler(_StderrHandler())
+    logger.setLevel(logging.INFO)
+    if "CALPACA_DEBUG" in os.environ:
+        return
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at every fork
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to whatever stderr is at the time, above a progress bar that may be standing there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(" ".join(record.getMessage().split()), err=True)

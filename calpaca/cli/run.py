@@ -1,0 +1,234 @@
+"""`calpaca run [APP]`: list the apps of the installed plugins, or run one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from calpaca.core.errors import UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from calpaca.cli.answer import AnswerPrinter
+    from calpaca.core.jobs import JobRecord
+    from calpaca.core.runtime import Runtime
+    from calpaca.plugins.app import App
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An app under a name, with the options that the settings give it."""
+
+    name: str
+    app: App
+    presets: Mapping[str, Any]
+
+
+def instances(runtime: Runtime) -> dict[str, Instance]:
+    """Every name that can be run: the installed apps, and `[apps.NAME]` of the settings whose app is installed.
+
+    A section called like an app gives that app its defaults.
+    """
+    found = {app.name: Instance(app.name, app, {}) for app in runtime.apps}  # type: ignore[arg-type]
+    for name, section in runtime.settings.apps.items():
+        app = str(section.get("app", name))
+        if app in runtime.apps:
+            presets = {key: value for key, value in section.items() if key != "app"}
+            found[name] = Instance(name, runtime.apps.get(app), presets)  # type: ignore[arg-type]
+    return found
+
+
+def find_instance(name: str, runtime: Runtime) -> Instance:
+    """Raises UsageError with the nearest name, or with the distribution to install for an app that is known."""
+    from calpaca.plugins.catalogue import plugin_offering
+
+    known = instances(runtime)
+    if name in known:
+        return known[name]
+    section = runtime.settings.apps.get(name, {})
+    app = str(section.get("app", name))
+    plugin = plugin_offering(app)
+    if plugin is not None:
+        broken = [record for record in runtime.plugins.records if record.name == plugin.name and record.state != "ok"]
+        if broken:
+            raise UsageError(
+                f"App '{app}' is not there: its plugin {broken[0]} is {broken[0].state}.", "See: calpaca plugins"
+            )
+        raise UsageError(f"App '{app}' is not installed.", f"Install it with: pip install {plugin.distribution}")
+    raise UsageError(*unknown_name("app", app, known))
+
+
+class Apps(click.Group):
+    """The apps as subcommands, each with the flags of its options."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(instances(shared_runtime()))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return app_command(find_instance(cmd_name, shared_runtime()))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, instance.app.summary) for name, instance in sorted(instances(shared_runtime()).items())]
+        with formatter.section("Apps"):
+            formatter.write_dl(rows or [("none", "No plugin with an app is installed.")])
+
+
+@click.group(cls=Apps, invoke_without_command=True, subcommand_metavar="[APP] [OPTIONS]...")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+@click.pass_context
+def run(ctx: click.Context, as_json: bool) -> None:
+    """Run an app, or list the installed ones. `calpaca run APP --help` shows an app's options."""
+    if ctx.invoked_subcommand is None:
+        _list_apps(shared_runtime(), as_json)
+
+
+class AppCommand(click.Command):
+    """A command whose flags are listed under the headings of `groups`: heading by parameter name."""
+
+    def __init__(self, *arguments: Any, groups: Mapping[str, str], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.groups = groups
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            row = parameter.get_help_record(ctx)
+            if row is not None:
+                sections.setdefault(self.groups.get(parameter.name or "", "Output options"), []).append(row)
+        for heading, rows in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+def app_command(instance: Instance) -> click.Command:
+    """The command that runs an app. Its shared flags are the same for every app. Raises PluginError."""
+    from calpaca.cli.flags import flags, group_of
+
+    model = instance.app.load_options()
+    fields = flags(instance.app.name, model)
+    # No pydantic field begins with an underscore, so these names cannot be those of an option.
+    output = [
+        click.Option(["_json", "--json"], is_flag=True, help="Print one JSON object and nothing else on stdout."),
+        click.Option(["_verbose", "--verbose"], is_flag=True, help="Show earlier steps, and the sources' text."),
+    ]
+
+    @click.pass_context
+    def command(ctx: click.Context, /, **values: Any) -> None:
+        typed = {name: value for name, value in values.items() if _was_typed(ctx, name)}
+        as_json, verbose = typed.pop("_json", False), typed.pop("_verbose", False)
+        _run(instance, typed, as_json=as_json, verbose=verbose)
+
+    return AppCommand(
+        instance.name,
+        params=[*fields, *output],
+        callback=command,
+        help=instance.app.summary,
+        groups={name: group_of(model, name) for name in model.model_fields},
+    )
+
+
+def _was_typed(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def shared_runtime() -> Runtime:
+    """The runtime of this process."""
+    from calpaca.plugins.wiring import runtime
+
+    with redirect_stdout(sys.stderr):  # what a plugin prints while it is imported is no answer
+        return runtime()
+
+
+def _list_apps(runtime: Runtime, as_json: bool) -> None:
+    found = sorted(instances(runtime).items())
+    if as_json:
+        rows = [
+            {"name": name, "app": one.app.name, "summary": one.app.summary, "kind": one.app.kind, "plugin": runtime.apps.owner(one.app.name)}
+            for name, one in found
+        ]  # fmt: skip
+        click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+        return
+    if not found:
+        from calpaca.plugins.catalogue import known_plugins
+
+        names = ", ".join(plugin.distribution for plugin in known_plugins())
+        raise UsageError("No app is installed.", f"Install a plugin with pip, for example: {names}")
+    width = max(len(name) for name, _ in found)
+    for name, one in found:
+        click.echo(f"{name:<{width}}  {one.app.summary}")
+
+
+def _run(instance: Instance, typed: Mapping[str, Any], *, as_json: bool, verbose: bool) -> None:
+    """Build the app and print what it reports; without its input, ask for one after the other."""
+    from calpaca.cli.answer import AnswerPrinter
+    from calpaca.plugins.options import read_options
+
+    app, runtime = instance.app, shared_runtime()
+    options = read_options(app.load_options(), {**instance.presets, **typed}, instance.name)
+    with _answers_only() as out:
+        runner = app.build(options, runtime)
+
+        def printer() -> AnswerPrinter:
+            return AnswerPrinter(out, sys.stderr, answer=app.answer, as_json=as_json, verbose=verbose)
+
+        if app.kind == "job":
+            _run_job(runner, printer())
+        elif app.input is None:
+            printer().show(runner.stream(""))
+        else:
+            for text in _inputs(app.input, options):
+                printer().show(runner.stream(text))
+
+
+@contextmanager
+def _answers_only() -> Iterator[TextIO]:
+    """The real stdout; what libraries print meanwhile goes to stderr."""
+    out = sys.stdout
+    with redirect_stdout(sys.stderr):
+        yield out
+
+
+def _inputs(field: str, options: BaseModel) -> Iterator[str]:
+    """The input option's value, or else the lines of stdin until a blank one."""
+    given = getattr(options, field)
+    if given is not None:
+        yield str(given)
+        return
+    asks = sys.stdin.isatty()
+    while True:
+        if asks:
+            click.echo(f"{field}> ", nl=False, err=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
+def resume_job(record: JobRecord, runtime: Runtime, out: TextIO, *, as_json: bool) -> None:
+    """Start a job again as the app that it is a run of, with the options it had."""
+    from calpaca.cli.answer import AnswerPrinter
+    from calpaca.plugins.options import read_options
+
+    app = find_instance(record.kind, runtime).app
+    options = read_options(app.load_options(), record.parameters, record.kind)
+    with _answers_only():
+        _run_job(app.build(options, runtime), AnswerPrinter(out, sys.stderr, answer=app.answer, as_json=as_json))
+
+
+def _run_job(runner: Any, printer: AnswerPrinter) -> None:
+    """Do a job's work. Ctrl-C cancels it; the ledger keeps what is finished."""
+    from calpaca.core.jobs import JobCancelled
+
+    try:
+        printer.show(runner.events())
+    except KeyboardInterrupt:
+        runner.cancel()
+        hint = f"Go on with: calpaca jobs resume {runner.id}"
+        raise JobCancelled("Cancelled; what is finished is kept.", hint) from None
