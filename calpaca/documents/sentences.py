@@ -17,8 +17,12 @@ _CLAUSE_END = re.compile(r"[，、：,;:]+\s*|\s[–—-]\s")
 _WORD_END = re.compile(r"\s+")
 
 _ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof rev gen col capt lt sgt sr jr st mt vs etc e.g i.e cf viz al fig figs eq ch sec vol pp p "
-    "approx dept est inc ltd co corp jan feb mar apr jun jul aug sep sept oct nov dec a.m p.m u.s u.k ph.d".split()
+    [
+        *("mr", "mrs", "ms", "dr", "prof", "rev", "gen", "col", "capt", "lt", "sgt", "sr", "jr", "st", "mt"),
+        *("vs", "etc", "e.g", "i.e", "cf", "viz", "al", "fig", "figs", "eq", "ch", "sec", "vol", "pp", "p", "approx"),
+        *("dept", "est", "inc", "ltd", "co", "corp", "a.m", "p.m", "u.s", "u.k", "ph.d"),
+        *("jan", "feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec"),
+    ]
 )
 _LAST_WORD = re.compile(r"[^\s(\[\"'“‘]+$")
 

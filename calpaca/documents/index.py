@@ -1,0 +1,274 @@
+"""An index of documents on disk that follows its files and survives a kill at any moment."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from langchain_core.documents import Document
+from langchain_core.vectorstores import VectorStore
+from numpy.typing import NDArray
+
+from calpaca.core.embedding import Embedder
+from calpaca.core.errors import DocumentError
+from calpaca.core.events import Event, Notice, Progress
+from calpaca.core.jobs import Job, step_key
+from calpaca.core.paths import cache_dir
+from calpaca.core.registry import Component, Registry
+from calpaca.documents.loaders import FoundFiles, find_files, load_file
+from calpaca.documents.manifest import Manifest
+from calpaca.documents.splitter import SentenceSplitter
+from calpaca.documents.vectors import PreparedEmbeddings
+
+FORMAT = 1
+"""Part of an index's key. Raised when loaders or splitter change what they make of the same file."""
+
+_GROUP = 1024
+"""Chunks that are embedded before the store gets them: what is in memory, and how often the index grows."""
+
+
+@dataclass(frozen=True)
+class _FileChunks:
+    """A file as it is to be in the index."""
+
+    path: str
+    digest: str
+    chunks: dict[str, Document]  # by id
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """What differs between the files and the index."""
+
+    changed: list[_FileChunks]
+    gone: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.changed or self.gone)
+
+    @property
+    def chunks(self) -> int:
+        return sum(len(file.chunks) for file in self.changed)
+
+    def groups(self) -> Iterator[list[_FileChunks]]:
+        """Files that together have about `_GROUP` chunks."""
+        group: list[_FileChunks] = []
+        for file in self.changed:
+            group.append(file)
+            if sum(len(each.chunks) for each in group) >= _GROUP:
+                yield group
+                group = []
+        if group:
+            yield group
+
+
+class DocumentIndex:
+    """Chunks and vectors of some files and folders, made with one embedder and one way of splitting.
+
+    Each combination of files, embedder and options has a folder of its own in the cache, so vectors of two embedders
+    never mix. `sync` brings it up to date; `store` is a LangChain VectorStore to search it with.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        embedder: Embedder,
+        loaders: Registry[Component],
+        store: Component,
+        *,
+        chunk_size: int = 200,
+        chunk_overlap: int = 40,
+    ) -> None:
+        self.paths = [Path(path).expanduser() for path in paths]
+        self.embedder = embedder
+        self.loaders = loaders
+        self.store_component = store
+        self.splitter = SentenceSplitter(embedder.count_tokens, chunk_size, chunk_overlap)
+        self.folder = cache_dir() / "indexes" / self._key()
+        self._embeddings = PreparedEmbeddings(embedder)
+
+    def _key(self) -> str:
+        key = step_key(
+            "index",
+            format=FORMAT,
+            paths=sorted(str(path.resolve()) for path in self.paths),
+            embedder=self.embedder.fingerprint,
+            chunk_size=self.splitter.chunk_size,
+            chunk_overlap=self.splitter.chunk_overlap,
+            store=self.store_component.name,
+        )
+        return key[:20]
+
+    @cached_property
+    def store(self) -> VectorStore:
+        """The vector store. Raises DocumentError when it cannot be opened."""
+        opened: VectorStore = self.store_component.load()(self.folder / self.store_component.name, self._embeddings)
+        return opened
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DocumentError(
+                f"The index folder {self.folder} cannot be made: {error.strerror or error}.",
+                "Free disk space or check the permissions; CALPACA_CACHE moves it.",
+            ) from error
+        return Manifest(self.folder / "manifest.sqlite")
+
+    def __len__(self) -> int:
+        """Chunks in the index."""
+        return len(self.manifest)
+
+    def sync(self, start: Callable[[], Job]) -> Iterator[Event]:
+        """Bring the index up to date with its files, reporting on it.
+
+        What did not change is not read into memory, split or embedded; when nothing changed no job is started. Embeddings
+        are steps of the job that `start` begins, so a run that was killed, cancelled or failed is taken up where it ended,
+        and the index answers from what it held. In a folder an unreadable file is skipped with a Notice.
+
+        Raises DocumentError for a missing path, a named file that cannot be read, and when there is nothing to index.
+        """
+        found = find_files(self.paths, self.loaders)
+        lock = FileLock(self.manifest.path.with_suffix(".lock"), thread_local=False)
+        yield from _acquire(lock)
+        try:
+            changes = yield from self._changes(found)
+            if changes:
+                with start() as job:
+                    yield from self._apply(job, changes)
+        finally:
+            lock.release()
+
+    # Reading -------------------------------------------------------------------------------------------------------
+    def _changes(self, found: FoundFiles) -> Generator[Event, None, _Changes]:
+        """Compare the files with the manifest; read and split those that changed."""
+        known = self.manifest.files()
+        current: set[str] = set()
+        changed: list[_FileChunks] = []
+        skipped: list[DocumentError] = []
+        for path in found:
+            try:
+                digest = _digest(path)
+                if known.get(str(path)) != digest:
+                    changed.append(_FileChunks(str(path), digest, self._chunks(path)))
+                current.add(str(path))
+            except DocumentError as error:
+                if path in found.named:
+                    raise
+                skipped.append(error)
+                yield Notice(f"Skipped: {error.message}")
+        if not current:
+            raise self._nothing_to_read(found, skipped)
+        if found.unknown:
+            yield Notice(_unknown_kinds(found.unknown))
+        return _Changes(changed, sorted(self.manifest.paths() - current))
+
+    def _chunks(self, path: Path) -> dict[str, Document]:
+        """Chunks of a file by id. Equal texts of one file are told apart by counting them."""
+        seen: Counter[str] = Counter()
+        chunks: dict[str, Document] = {}
+        for chunk in self.splitter.split_documents(load_file(path, self.loaders)):
+            text = chunk.page_content
+            chunks[step_key("chunk", path=str(path), text=text, number=seen[text])[:32]] = chunk
+            seen[text] += 1
+        return chunks
+
+    def _nothing_to_read(self, found: FoundFiles, skipped: list[DocumentError]) -> DocumentError:
+        where = ", ".join(str(path) for path in self.paths)
+        if skipped:
+            return DocumentError(f"No file in {where} can be read; the first: {skipped[0].message}", skipped[0].hint)
+        endings = sorted(suffix for loader in self.loaders for suffix in getattr(loader, "suffixes", ()))
+        others = f" {_unknown_kinds(found.unknown)}" if found.unknown else ""
+        return DocumentError(
+            f"There is no document in {where}.{others}", f"Files that can be read: {', '.join(endings)}."
+        )
+
+    # Writing -------------------------------------------------------------------------------------------------------
+    def _apply(self, job: Job, changes: _Changes) -> Iterator[Event]:
+        job.expect(changes.chunks)
+        for group in changes.groups():
+            chunks = {name: chunk for file in group for name, chunk in file.chunks.items()}
+            self._embeddings.prepared = yield from self._embed(job, list(chunks.values()), changes.chunks)
+            self._replace(group, chunks)
+            self._embeddings.prepared = {}
+        stale = self.manifest.chunk_ids(changes.gone)
+        self._delete(stale)
+        self.manifest.finish({}, stale, changes.gone)
+
+    def _embed(
+        self, job: Job, chunks: Sequence[Document], total: int
+    ) -> Generator[Event, None, Mapping[str, NDArray[np.float32]]]:
+        """Vectors by text, from the ledger or the embedder. Texts of like length share a batch: less padding."""
+        ordered = sorted({chunk.page_content: chunk for chunk in chunks}.values(), key=_tokens, reverse=True)
+        texts = [chunk.page_content for chunk in ordered]
+        fingerprint = self.embedder.fingerprint
+        keys = [step_key("embedding", fingerprint=fingerprint, text=_sha256(text)) for text in texts]
+
+        def work(positions: list[int]) -> dict[int, bytes]:
+            vectors = self.embedder.embed_documents([texts[position] for position in positions])
+            rows = zip(positions, vectors, strict=True)
+            return {position: vector.astype(np.float32).tobytes() for position, vector in rows}
+
+        vectors: dict[str, NDArray[np.float32]] = {}
+        for position, value in job.steps("embedding", keys, work, self.embedder.batch_size):
+            vectors[texts[position]] = np.frombuffer(value, np.float32)
+            yield Progress(job.done, total, "chunks", "Embedding")
+        return vectors
+
+    def _replace(self, group: Sequence[_FileChunks], chunks: Mapping[str, Document]) -> None:
+        """Put the chunks of some files into the store in place of those it has of them."""
+        stale = self.manifest.chunk_ids(file.path for file in group) - chunks.keys()
+        self.manifest.announce({name: file.path for file in group for name in file.chunks})
+        if chunks:
+            self.store.add_documents(list(chunks.values()), ids=list(chunks))
+        self._delete(stale)
+        self.manifest.finish({file.path: file.digest for file in group}, stale)
+
+    def _delete(self, names: set[str]) -> None:
+        if names:
+            self.store.delete(sorted(names))
+
+
+def _acquire(lock: FileLock) -> Iterator[Event]:
+    """Take the lock; say so when another process has it."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield Notice("Another process is indexing these documents; waiting for it.")
+        lock.acquire()
+    except OSError as error:
+        raise DocumentError(
+            f"The index cannot be locked: {error.strerror or error}.",
+            "Free disk space or check the permissions; CALPACA_CACHE moves it.",
+        ) from error
+
+
+def _tokens(chunk: Document) -> int:
+    tokens: int = chunk.metadata["tokens"]
+    return tokens
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DocumentError(f"{path} cannot be read: {error.strerror or error}.", "Check its permissions.") from error
+
+
+def _sha256(text: str) -> str:
+    # A file may hold half of a surrogate pair (it was decoded leniently by somebody's loader).
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _unknown_kinds(unknown: Mapping[str, Any]) -> str:
+    kinds = ", ".join(f"{count} × {suffix}" for suffix, count in sorted(unknown.items()))
+    return f"Files of kinds that no loader reads were left out: {kinds}."

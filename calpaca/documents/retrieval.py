@@ -1,0 +1,121 @@
+"""Passages for a question, from any LangChain vector store or retriever."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from langchain_core.documents import Document
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.vectorstores import VectorStore
+
+from calpaca.core.errors import UsageError
+from calpaca.core.events import Source
+
+_PLACE = {"start", "end", "start_line", "end_line", "index"}
+"""What SentenceSplitter says about where a chunk lies."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How many passages are looked for and how.
+
+    `mmr` takes, of the `fetch_k` most similar, those that repeat each other least; `lambda_mult` 1 is plain similarity,
+    0 the most different.
+    """
+
+    k: int = 4
+    kind: Literal["similarity", "mmr"] = "similarity"
+    fetch_k: int = 20
+    lambda_mult: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UsageError(f"k is {self.k}.", "Ask for at least one passage, better four.")
+        if not 0.0 <= self.lambda_mult <= 1.0:
+            raise UsageError(f"lambda is {self.lambda_mult}.", "It must be between 0 and 1.")
+
+
+def retrieve(
+    origin: VectorStore | BaseRetriever, question: str, search: Search = Search(), *, merge: bool = True
+) -> list[Source]:
+    """The passages nearest to a question, the best first.
+
+    With `merge`, chunks of one document that touch or overlap become one passage with the best score among them;
+    without, each chunk stays a passage, less what an earlier one holds already.
+    """
+    if isinstance(origin, BaseRetriever):
+        scored: list[tuple[Document, float | None]] = [(found, None) for found in origin.invoke(question)[: search.k]]
+    elif search.kind == "mmr":
+        scored = _diverse(origin, question, search)
+    else:
+        scored = [*origin.similarity_search_with_score(question, k=search.k)]
+    passages = [_passage(document, score) for document, score in scored if document.page_content.strip()]
+    return _merge(passages) if merge else passages
+
+
+def _diverse(store: VectorStore, question: str, search: Search) -> list[tuple[Document, float | None]]:
+    """MMR with scores, which stores do not give."""
+    fetch_k = max(search.fetch_k, search.k)
+    chosen = store.max_marginal_relevance_search(question, k=search.k, fetch_k=fetch_k, lambda_mult=search.lambda_mult)
+    scores = {_identity(found): score for found, score in store.similarity_search_with_score(question, k=fetch_k)}
+    return [(document, scores.get(_identity(document))) for document in chosen]
+
+
+def _identity(document: Document) -> str:
+    return document.id or document.page_content
+
+
+def _passage(document: Document, score: float | None) -> Source:
+    metadata = document.metadata
+    page = metadata.get("page")
+    return Source(
+        source=str(metadata.get("source", "")),
+        text=document.page_content,
+        page=page if isinstance(page, int) else None,
+        start=metadata.get("start_line"),
+        end=metadata.get("end_line"),
+        score=None if score is None else float(score),
+        metadata=dict(metadata),
+    )
+
+
+# Merging -----------------------------------------------------------------------------------------------------------
+def _merge(passages: Sequence[Source]) -> list[Source]:
+    """Join neighbours; a joined passage stands where the best of its parts stood."""
+    ranked = sorted(enumerate(passages), key=lambda item: (item[1].source, item[1].metadata.get("start", 0)))
+    runs: list[tuple[int, Source]] = []
+    for rank, passage in ranked:
+        if runs and _touch(runs[-1][1], passage):
+            best, before = runs[-1]
+            runs[-1] = (min(best, rank), _joined(before, passage))
+        else:
+            runs.append((rank, passage))
+    return [passage for _, passage in sorted(runs, key=lambda run: run[0])]
+
+
+def _touch(before: Source, after: Source) -> bool:
+    """Whether two chunks of one document overlap or follow each other. Chunks of other splitters have no place."""
+    if before.source != after.source or not all(passage.metadata.keys() >= _PLACE for passage in (before, after)):
+        return False
+    follows = after.metadata["index"] == before.metadata["index"] + 1
+    return bool(follows or after.metadata["start"] <= before.metadata["end"])
+
+
+def _joined(before: Source, after: Source) -> Source:
+    first, second = before.metadata, after.metadata
+    if second["end"] <= first["end"]:
+        return replace(before, score=_best(before, after))
+    shared = first["end"] - second["start"]
+    if shared >= 0:
+        text = before.text + after.text[shared:]
+    else:  # only white space lay between them; the lines tell how many line ends
+        text = before.text + ("\n" * (second["start_line"] - first["end_line"]) or " ") + after.text
+    place = {name: second[name] for name in ("end", "end_line", "index")}
+    return replace(before, text=text, end=after.end, score=_best(before, after), metadata={**first, **place})
+
+
+def _best(before: Source, after: Source) -> float | None:
+    scores = [passage.score for passage in (before, after) if passage.score is not None]
+    return max(scores, default=None)
