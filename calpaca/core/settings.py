@@ -16,6 +16,7 @@ from pydantic_settings import (
     EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -44,7 +45,11 @@ class Settings(BaseSettings):
     """The whole tree."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix="CALPACA_", env_nested_delimiter="__", nested_model_default_partial_update=True
+        frozen=True,
+        extra="forbid",
+        env_prefix="CALPACA_",
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
     )
 
     model: str | None = Field(None, description="Model used when none is named; empty: the catalogue's default.")
@@ -98,9 +103,17 @@ def read_settings(**options: Any) -> Settings:
             match = nearest(str(first["loc"][-1]), _known_names(first["loc"]))
             suggestion = f"Did you mean '{match}'? " if match else ""
             raise UsageError(f"Unknown setting '{name}'.", f"{suggestion}`calpaca settings` lists them.") from error
-        raise UsageError(f"Setting '{name}' is {first['input']!r}: {first['msg']}.", "See `calpaca settings`.") from error
+        raise UsageError(
+            f"Setting '{name}' is {first['input']!r}: {first['msg']}.", "See `calpaca settings`."
+        ) from error
+    except SettingsError as error:
+        raise UsageError(
+            f"The environment holds a wrong setting: {error}.", "It must be JSON for a whole section."
+        ) from error
     except ValueError as error:
-        raise UsageError(f"A settings file is not valid TOML: {error}.", f"Check {PROJECT_FILE} and {user_file()}.") from error
+        raise UsageError(
+            f"A settings file is not valid TOML: {error}.", f"Check {PROJECT_FILE} and {user_file()}."
+        ) from error
 
 
 def _known_names(location: tuple[int | str, ...]) -> list[str]:
