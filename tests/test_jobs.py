@@ -69,24 +69,24 @@ def test_steps_are_handed_to_the_work_in_batches(ledger) -> None:
 
     def work(positions: list[int]) -> dict[int, bytes]:
         sizes.append(len(positions))
-        return {position: b"" for position in positions}
+        return dict.fromkeys(positions, b"")
 
     with ledger.start("one", "One", {}) as job:
         list(job.steps("square", keys(10), work, batch_size=4))
     assert sizes == [4, 4, 2]
 
 
-def test_many_keys_are_looked_up_in_parts(ledger) -> None:
-    many = keys(1700)
-    ledger.put_many("square", {key: b"x" for key in many})
-    assert len(ledger.get_many(many)) == 1700
+def test_any_number_of_keys_is_looked_up_at_once(ledger) -> None:
+    many = keys(50_000)
+    ledger.put_many("square", dict.fromkeys(many, b"x"))
+    assert len(ledger.get_many(many)) == 50_000
 
 
 def test_a_failing_step_keeps_those_before_it(ledger) -> None:
     def work(positions: list[int]) -> dict[int, bytes]:
         if positions[0] == 2:
             raise ValueError("two is bad")
-        return {position: b"" for position in positions}
+        return dict.fromkeys(positions, b"")
 
     with pytest.raises(ValueError, match="two is bad"), ledger.start("one", "One", {}) as job:
         job.expect(5)
@@ -160,7 +160,7 @@ def test_several_threads_may_write_at_once(ledger) -> None:
     def work(number: int) -> None:
         with ledger.start("index", f"Job {number}", {"number": number}) as job:
             names = [step_key("thread", number=number, step=step) for step in range(20)]
-            list(job.steps("thread", names, lambda positions: {position: b"x" for position in positions}))
+            list(job.steps("thread", names, lambda positions: dict.fromkeys(positions, b"x")))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
     for thread in threads:

@@ -32,10 +32,9 @@ CREATE TABLE IF NOT EXISTS jobs (
     pid INTEGER NOT NULL, pid_started REAL NOT NULL, created REAL NOT NULL, updated REAL NOT NULL
 );
 """
-_QUERY_SIZE = 500  # keys per query, well below SQLite's limit on bound variables
 
 
-class JobCancelled(CalpacaError):
+class JobCancelled(CalpacaError):  # noqa: N818  # what a person did, no fault
     """The work was cancelled between two steps."""
 
     exit_code = 130
@@ -94,21 +93,19 @@ class Ledger:
     # Steps ---------------------------------------------------------------------------------------------------------
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
         """Results of those of `keys` that are finished."""
-        found: dict[str, bytes] = {}
         with self._connection() as connection:
-            for start in range(0, len(keys), _QUERY_SIZE):
-                part = keys[start : start + _QUERY_SIZE]
-                marks = ",".join("?" * len(part))
-                rows = connection.execute(f"SELECT key, value FROM steps WHERE key IN ({marks})", part)
-                found.update((row["key"], row["value"]) for row in rows)
-        return found
+            rows = connection.execute(
+                "SELECT key, value FROM steps WHERE key IN (SELECT value FROM json_each(?))", (json.dumps(list(keys)),)
+            )
+            return {row["key"]: row["value"] for row in rows}
 
     def put_many(self, kind: str, results: Mapping[str, bytes]) -> None:
         """Record finished steps, all or none."""
         now = time.time()
         with self._connection() as connection:
             connection.executemany(
-                "INSERT OR IGNORE INTO steps VALUES (?, ?, ?, ?)", [(key, kind, value, now) for key, value in results.items()]
+                "INSERT OR IGNORE INTO steps VALUES (?, ?, ?, ?)",
+                [(key, kind, value, now) for key, value in results.items()],
             )
 
     # Jobs ----------------------------------------------------------------------------------------------------------
@@ -128,7 +125,16 @@ class Ledger:
                 "INSERT INTO jobs (id, kind, title, parameters, state, pid, pid_started, created, updated)"
                 " VALUES (?, ?, ?, ?, 'running', ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET state='running', done=0,"
                 " reused=0, total=NULL, message='', pid=excluded.pid, pid_started=excluded.pid_started, updated=excluded.updated",
-                (job_id, kind, title, json.dumps(dict(parameters), ensure_ascii=False), os.getpid(), _started(os.getpid()), now, now),
+                (
+                    job_id,
+                    kind,
+                    title,
+                    json.dumps(dict(parameters), ensure_ascii=False),
+                    os.getpid(),
+                    _started(os.getpid()),
+                    now,
+                    now,
+                ),
             )
         return Job(self, job_id)
 
@@ -144,7 +150,9 @@ class Ledger:
         if len(matches) == 1:
             return matches[0]
         if matches:
-            raise JobError(f"'{job_id}' begins {len(matches)} job ids.", f"Which one: {', '.join(r.id for r in matches)}?")
+            raise JobError(
+                f"'{job_id}' begins {len(matches)} job ids.", f"Which one: {', '.join(r.id for r in matches)}?"
+            )
         raise JobError(*unknown_name("job", job_id, [record.id for record in self.jobs()]))
 
     def update(self, job_id: str, **columns: Any) -> None:
@@ -152,7 +160,8 @@ class Ledger:
         assignments = ", ".join(f"{name} = ?" for name in columns)
         with self._connection() as connection:
             connection.execute(
-                f"UPDATE jobs SET {assignments}, updated = ? WHERE id = ?", (*columns.values(), time.time(), job_id)
+                f"UPDATE jobs SET {assignments}, updated = ? WHERE id = ?",  # noqa: S608  # names from our own code
+                (*columns.values(), time.time(), job_id),
             )
 
 
@@ -182,9 +191,7 @@ class Job:
             self._save("failed", str(error) or type(error).__name__)
 
     def _save(self, state: State, message: str = "") -> None:
-        self.ledger.update(
-            self.id, state=state, message=message, done=self.done, reused=self.reused, total=self.total
-        )
+        self.ledger.update(self.id, state=state, message=message, done=self.done, reused=self.reused, total=self.total)
 
     def cancel(self) -> None:
         """Stop before the next step."""

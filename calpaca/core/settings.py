@@ -67,9 +67,9 @@ class Settings(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Typed option, environment, project file, user file."""
         files = [TomlConfigSettingsSource(settings_cls, file) for file in (PROJECT_FILE, user_file())]
@@ -118,5 +118,6 @@ def read_settings(**options: Any) -> Settings:
 
 def _known_names(location: tuple[int | str, ...]) -> list[str]:
     """Field names of the model that holds the last part of `location`."""
-    owner: type[BaseModel] = {"models": ModelSpec, "sampling": SamplingSettings}.get(str(location[0]), Settings)
+    sections: dict[str, type[BaseModel]] = {"models": ModelSpec, "sampling": SamplingSettings}
+    owner = sections.get(str(location[0]), Settings)
     return list(owner.model_fields)
