@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: a private place for data and settings, and the two default models.
+"""Fixtures that every test may use: a private place for data and settings, the default models, plugins made on the fly.
 
 Models lie in the ordinary cache, where `make setup` puts them; a test run without them fetches them first.
 """
@@ -6,8 +6,10 @@ Models lie in the ordinary cache, where `make setup` puts them; a test run witho
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import dedent
 
 # Before any library reads them: tests ask no model hub, and one thread per worker is fastest on few cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -61,3 +63,65 @@ def e5(sources_runtime: Runtime) -> Path:
 
     torch.set_num_threads(1)
     return resolve_embedding("multilingual-e5-small", sources_runtime).path
+
+
+# Distributions made on the fly: a module and a `.dist-info` with an entry point, in a folder of their own -----------
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A folder on the import path, whose modules are forgotten again."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    before = set(sys.modules)
+    yield folder
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def make_plugin(site) -> Callable[..., None]:
+    """`make_plugin(name, source, distribution=…, version=…)` installs a plugin."""
+
+    def make(
+        name: str, source: str, *, distribution: str | None = None, version: str = "1.0", module: str = ""
+    ) -> None:
+        distribution = distribution or f"calpaca-{name}"
+        module = module or f"plugin_{distribution.replace('-', '_')}"
+        (site / f"{module}.py").write_text(dedent(source), encoding="utf-8")
+        info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(f"[calpaca]\n{name} = {module}\n")
+
+    return make
+
+
+APP = """
+from pydantic import BaseModel
+from calpaca import App, hookimpl
+from calpaca.core.events import Result, Token
+
+class Options(BaseModel):
+    text: str | None = None
+
+class Runner:
+    def stream(self, text):
+        yield Token(text.upper())
+        yield Result({{"answer": text.upper()}})
+
+def build(options, runtime):
+    return Runner()
+
+@hookimpl
+def register_apps():
+    return [App("{app}", "Says it loudly.", __name__ + ":build", options=__name__ + ":Options", input="text")]
+"""
+
+
+@pytest.fixture
+def app_source() -> Callable[[str], str]:
+    """Source of a plugin with one working app of the given name."""
+    return lambda app: APP.format(app=app)
