@@ -56,12 +56,11 @@ def find_instance(name: str, runtime: Runtime) -> Instance:
     app = str(section.get("app", name))
     plugin = plugin_offering(app)
     if plugin is not None:
-        broken = [record for record in runtime.plugins.records if record.name == plugin.name and record.state != "ok"]
-        if broken:
-            raise UsageError(
-                f"App '{app}' is not there: its plugin {broken[0]} is {broken[0].state}.", "See: calpaca plugins"
-            )
-        raise UsageError(f"App '{app}' is not installed.", f"Install it with: pip install {plugin.distribution}")
+        record = next((record for record in runtime.plugins.records if record.name == plugin.name), None)
+        if record is None:
+            raise UsageError(f"App '{app}' is not installed.", f"Install it with: pip install {plugin.distribution}")
+        hint = "CALPACA_PLUGINS leaves it out." if record.state == "blocked" else "See: calpaca plugins"
+        raise UsageError(f"App '{app}' is not there: its plugin {record} is {record.state}.", hint)
     raise UsageError(*unknown_name("app", app, known))
 
 

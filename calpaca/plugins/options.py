@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from calpaca.core.engine import Sampling
-from calpaca.core.errors import UsageError, nearest
+from calpaca.core.errors import UsageError, unknown_name
 from calpaca.core.settings import Settings
 from calpaca.core.spec import AdapterSpec, ModelSpec
 
@@ -82,20 +83,22 @@ SHARED = (ModelOptions, SamplingOptions)
 
 def read_options(model: type[BaseModel], values: Mapping[str, Any], where: str) -> BaseModel:
     """Validate an app's options. Raises UsageError that names the option, `where` it was given, and the nearest name."""
+    for name in values:
+        if name not in model.model_fields:
+            raise UsageError(*unknown_name(f"option of {where}:", name, model.model_fields))
     try:
         return model(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        if first["type"] == "extra_forbidden":
-            match = nearest(name, model.model_fields)
-            suggestion = f"Did you mean '{match}'? " if match else ""
-            known = ", ".join(sorted(model.model_fields))
-            raise UsageError(f"{where} has no option '{name}'.", f"{suggestion}Known: {known}.") from error
-        if first["type"] == "missing":
-            raise UsageError(f"{where} needs the option '{name}'.", f"Give --{flag_name(model, name)}.") from error
-        subject = f"Option --{flag_name(model, name)} is {first['input']!r}" if name else f"Options of {where}"
-        raise UsageError(f"{subject}: {first['msg']}.", f"See: calpaca run {where} --help") from error
+        raise UsageError(_fault(model, error.errors()[0], where), f"See: calpaca run {where} --help") from error
+
+
+def _fault(model: type[BaseModel], error: ErrorDetails, where: str) -> str:
+    if not error["loc"]:
+        return f"{where}: {error['msg']}."
+    flag = flag_name(model, str(error["loc"][0]))
+    if error["type"] == "missing":
+        return f"{where} needs the option --{flag}."
+    return f"Option --{flag} is {error['input']!r}: {error['msg']}."
 
 
 def flag_name(model: type[BaseModel], field: str) -> str:

@@ -51,8 +51,8 @@ def test_a_sampling_value_out_of_range_is_wrong_use() -> None:
 @pytest.mark.parametrize(
     ("values", "message", "hint"),
     [
-        ({"question": "?", "qestion": "x"}, "retrieval_qa has no option 'qestion'.", "Did you mean 'question'?"),
-        ({}, "retrieval_qa needs the option 'question'.", "Give --question."),
+        ({"question": "?", "qestion": "x"}, "Unknown option of retrieval_qa: 'qestion'.", "Did you mean 'question'?"),
+        ({}, "retrieval_qa needs the option --question.", "calpaca run retrieval_qa --help"),
         ({"question": "?", "top_k": "many"}, "Option --top-k is 'many'", "calpaca run retrieval_qa --help"),
         ({"question": "?", "files": 7}, "Option --file is 7", "calpaca run retrieval_qa --help"),
     ],
