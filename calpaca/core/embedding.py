@@ -81,13 +81,16 @@ class SentenceTransformerEmbedder:
         return self._encode(self._model.encode_document, list(texts))
 
     def embed_query(self, text: str) -> NDArray[np.float32]:
-        return self._encode(self._model.encode_query, [text])[0]
+        vector: NDArray[np.float32] = self._encode(self._model.encode_query, [text])[0]
+        return vector
 
     def _encode(self, encode: Any, texts: list[str]) -> NDArray[np.float32]:
-        vectors: NDArray[np.float32] = encode(
+        import numpy as np
+
+        vectors = encode(
             texts, batch_size=self.batch_size, normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True
         )
-        return vectors
+        return np.asarray(vectors, dtype=np.float32)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         if not texts:

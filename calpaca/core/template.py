@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,15 @@ class NamedTemplate:
 
 
 NAMED_TEMPLATES: Mapping[str, NamedTemplate] = {
-    # The spacing that Chinese-LLaMA-Alpaca was trained with: one space after "### Response:", none before the text.
+    # The spacing that Chinese-LLaMA-Alpaca was trained with: one space after "### Response:", at the end of the prompt
+    # too. Earlier answers carry no end-of-sequence token, as in that project's own chat server.
     "alpaca": NamedTemplate(
         "{%- set ns = namespace(system='" + ALPACA_SYSTEM + "') -%}"
         "{%- for m in messages if m.role == 'system' -%}{%- set ns.system = m.content -%}{%- endfor -%}"
         "{{- bos_token + ns.system + '\\n\\n' -}}"
         "{%- for m in messages -%}"
         "{%- if m.role == 'user' -%}{{- '### Instruction:\\n' + m.content + '\\n\\n' -}}"
-        "{%- elif m.role == 'assistant' -%}{{- '### Response: ' + m.content + eos_token + '\\n\\n' -}}{%- endif -%}"
+        "{%- elif m.role == 'assistant' -%}{{- '### Response: ' + m.content + '\\n\\n' -}}{%- endif -%}"
         "{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{- '### Response: ' -}}{%- endif -%}",
         stop=("### Instruction:",),
@@ -76,13 +77,15 @@ class ChatTemplate:
     source: str
     special_tokens: Mapping[str, str]
     stop: tuple[str, ...] = ()
-    options: Mapping[str, Any] = ()  # type: ignore[assignment]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def takes_tools(self) -> bool:
         return "tools" in self.source
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, answer: bool = True) -> str:
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, answer: bool = True
+    ) -> str:
         """The prompt text, ending where the assistant's answer begins when `answer` is set.
 
         Messages may stand in any order: runs of one role are merged and system texts are put first, since many
@@ -91,15 +94,14 @@ class ChatTemplate:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        own_tools = bool(tools) and self.takes_tools
-        plain = messages if own_tools else describe_tools(messages, tools)
+        described = messages if self.takes_tools else describe_tools(messages, tools)
         try:
             rendered, _ = render_jinja_template(
-                conversations=[normalise(plain, keep_tool_messages=own_tools or self.takes_tools)],
-                tools=[dict(tool) for tool in tools] if own_tools else None,
+                conversations=[normalise(described, keep_tool_messages=self.takes_tools)],
+                tools=[dict(tool) for tool in tools] if tools and self.takes_tools else None,
                 chat_template=self.source,
                 add_generation_prompt=answer,
-                **{**self.special_tokens, **dict(self.options)},
+                **{**self.special_tokens, **self.options},
             )
         except (TemplateError, TypeError) as error:
             raise ModelError(
@@ -107,6 +109,14 @@ class ChatTemplate:
             ) from error
         text: str = rendered[0]
         return text
+
+
+def no_template() -> ChatTemplate:
+    """For a model that brings none: rendering says so. The model can still continue text."""
+    known = ", ".join(NAMED_TEMPLATES)
+    return ChatTemplate(
+        "{{ raise_exception('this model brings no chat template; the built-in ones are " + known + "') }}", {}
+    )
 
 
 def named_template(name: str) -> NamedTemplate:
@@ -132,19 +142,19 @@ def normalise(messages: Sequence[Message], *, keep_tool_messages: bool) -> list[
         turn["content"] = turn.get("content") or ""
         if turn["role"] == "system":
             system.append(turn["content"])
-        elif turns and _mergeable(turns[-1], turn):
-            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{turn['content']}".strip()
-            calls = [*turns[-1].get("tool_calls", []), *turn.get("tool_calls", [])]
-            if calls:
-                turns[-1]["tool_calls"] = calls
+        elif turns and turn["role"] == turns[-1]["role"] != "tool":
+            turns[-1] = _merged(turns[-1], turn)
         else:
             turns.append(turn)
     head = [{"role": "system", "content": "\n\n".join(system)}] if system else []
     return head + turns
 
 
-def _mergeable(first: Message, second: Message) -> bool:
-    return bool(first["role"] == second["role"] and first["role"] != "tool")
+def _merged(first: Message, second: Message) -> dict[str, Any]:
+    """Two messages of one role as one."""
+    merged = {**first, "content": "\n\n".join(filter(None, (first["content"], second["content"])))}
+    calls = [*first.get("tool_calls", ()), *second.get("tool_calls", ())]
+    return {**merged, "tool_calls": calls} if calls else merged
 
 
 def _as_text(message: Message) -> dict[str, Any]:
@@ -157,8 +167,11 @@ def _as_text(message: Message) -> dict[str, Any]:
 
 
 def tool_call_text(function: Mapping[str, Any]) -> str:
-    """A tool call as the Hermes and Qwen families write it."""
-    body = json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
+    """A tool call as the Hermes and Qwen families write it. Arguments may be an object, or its JSON text."""
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments or "{}")
+    body = json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
     return f"<tool_call>\n{body}\n</tool_call>"
 
 

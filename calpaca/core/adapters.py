@@ -1,0 +1,308 @@
+"""LoRA adapters: checked against the base before they are put on it, and applied in order without merging.
+
+Low-rank deltas of several adapters add up. Whole tensors that an adapter carries (`embed_tokens` and `lm_head` with a
+longer vocabulary) replace the base's; of several, the last one's stand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calpaca.core.errors import AdapterError, CorruptFileError, UnsupportedError
+from calpaca.core.files import AdapterFiles
+from calpaca.core.tokenizer import has_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_PREFIX = re.compile(r"^base_model\.model\.")
+_LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(\.weight)?$")
+_VOCABULARY = re.compile(r"(^|\.)(embed_tokens|lm_head)\.weight$")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's configuration and tensors, read from its folder when asked for."""
+
+    files: AdapterFiles
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """`adapter_config.json`. Raises AdapterError when it is missing, damaged or not LoRA."""
+        path = self.files.path / "adapter_config.json"
+        try:
+            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise AdapterError(f"{self.files.path} holds no adapter_config.json.", "Name an adapter folder.") from None
+        except ValueError as error:
+            raise AdapterError(f"{path} is no valid JSON: {error}.", "Fetch the adapter again.") from error
+        kind = config.get("peft_type")
+        if kind != "LORA":
+            raise UnsupportedError(f"Adapter {self.files.name} is of type {kind}.", "LoRA adapters are supported.")
+        if not isinstance(config.get("r"), int):
+            raise AdapterError(f"{path} states no rank ('r').", "Take the file that was saved with the adapter.")
+        return config
+
+    @cached_property
+    def weights(self) -> Path:
+        for name in ("adapter_model.safetensors", "adapter_model.bin"):
+            if (self.files.path / name).is_file():
+                return self.files.path / name
+        raise AdapterError(
+            f"{self.files.path} holds no adapter_model.safetensors or adapter_model.bin.", "Fetch the adapter again."
+        )
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Shape of every tensor, by its name in the base model."""
+        if self.weights.suffix == ".bin":
+            return {name: tuple(tensor.shape) for name, tensor in self.tensors().items()}
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.weights, framework="numpy") as file:
+                return {_own_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CorruptFileError(f"{self.weights} is damaged: {error}.", "Fetch the adapter again.") from error
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, on the CPU, by their names in the base model. Pickled code is refused, never run."""
+        import pickle
+
+        import torch
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            if self.weights.suffix == ".bin":
+                loaded = torch.load(self.weights, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                loaded = load_file(self.weights)
+        except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).split("\n", maxsplit=1)[0]
+            raise CorruptFileError(
+                f"{self.weights} is damaged, or holds code instead of tensors: {reason}", "Fetch the adapter again."
+            ) from error
+        return {_own_name(name): tensor for name, tensor in loaded.items()}
+
+    @cached_property
+    def vocabulary_rows(self) -> int | None:
+        """Rows of the embeddings that the adapter carries, None when it carries none."""
+        rows = [shape[0] for name, shape in self.shapes.items() if _VOCABULARY.search(name)]
+        return max(rows) if rows else None
+
+    @cached_property
+    def tokenizer_size(self) -> int | None:
+        return len(load_tokenizer(self.files.path)) if has_tokenizer(self.files.path) else None
+
+
+def _own_name(name: str) -> str:
+    """A tensor's name as the base model would call it."""
+    name = _PREFIX.sub("", name)
+    return re.sub(r"\.(base_layer|modules_to_save(\.\w+)?|original_module)\.(weight|bias)$", r".\3", name)
+
+
+def check_adapters(adapters: Sequence[Adapter], base: Shapes, tokenizer_size: int) -> int:
+    """Check order, shapes, ranks and vocabulary before anything heavy is loaded; returns the final number of rows.
+
+    `base` maps the names of the base model's parameters to their shapes. Raises AdapterError with the numbers and
+    the fix.
+    """
+    check_order(adapters)
+    for adapter in adapters:
+        for name, shape in adapter.shapes.items():
+            _check_tensor(adapter, name, shape, base)
+    rows = next((name for name in base if name.endswith("embed_tokens.weight")), None)
+    vocabulary = base[rows][0] if rows is not None else 0
+    for adapter in adapters:
+        vocabulary = adapter.vocabulary_rows or vocabulary
+    if adapters and tokenizer_size > vocabulary:
+        raise AdapterError(
+            f"The tokenizer has {tokenizer_size} tokens, but base and adapters together have {vocabulary} embedding"
+            " rows: the new tokens have no embeddings.",
+            "Use the base's tokenizer with --tokenizer, or the adapter that carries embed_tokens and lm_head.",
+        )
+    return vocabulary
+
+
+def check_order(adapters: Sequence[Adapter]) -> None:
+    """An adapter with a longer vocabulary was trained after one with a shorter, so it must not stand before it."""
+    for first, second in pairwise(adapters):
+        before = first.vocabulary_rows or first.tokenizer_size
+        after = second.vocabulary_rows or second.tokenizer_size
+        if before is not None and after is not None and before > after:
+            raise AdapterError(
+                f"The adapters stand in the wrong order: {first.files.name} has {before} tokens and"
+                f" {second.files.name}, after it, only {after}.",
+                f"Give them as --adapter {second.files.name} --adapter {first.files.name}.",
+            )
+
+
+def _check_tensor(adapter: Adapter, name: str, shape: tuple[int, ...], base: Shapes) -> None:
+    match = _LORA.match(name)
+    if match is not None:
+        _check_low_rank(adapter, match["module"], match["part"], shape, base)
+    elif ".lora_" not in name and ".trainable_tokens_" not in name:
+        _check_replacement(adapter, name, shape, base)
+
+
+def _check_low_rank(adapter: Adapter, module: str, part: str, shape: tuple[int, ...], base: Shapes) -> None:
+    """lora_A is [r, in], lora_B [out, r]; for an embedding lora_embedding_A is [r, rows], B [dimensions, r]."""
+    weight = base.get(f"{module}.weight")
+    if weight is None:
+        raise _other_base(adapter, f"it changes {module}, which the base does not have")
+    rank_first = part.endswith("A")
+    rank, size = (shape[0], shape[1]) if rank_first else (shape[1], shape[0])
+    ranks = {adapter.config["r"], *(adapter.config.get("rank_pattern") or {}).values()}
+    if rank not in ranks:
+        raise AdapterError(
+            f"Adapter {adapter.files.name}: {module} has rank {rank}, but adapter_config.json says"
+            f" r = {adapter.config['r']}.",
+            "Take the adapter_config.json that was saved with these weights.",
+        )
+    out_size, in_size = weight if not adapter.config.get("fan_in_fan_out") else weight[::-1]
+    if part.startswith("embedding"):
+        wanted = out_size if rank_first else in_size
+        wanted = adapter.vocabulary_rows or wanted if rank_first else wanted
+    else:
+        wanted = in_size if rank_first else out_size
+    if size != wanted and not (module.endswith("lm_head") and adapter.vocabulary_rows == size):
+        raise _other_base(adapter, f"its {module} is for size {size}, the base has {wanted}")
+
+
+def _check_replacement(adapter: Adapter, name: str, shape: tuple[int, ...], base: Shapes) -> None:
+    own = base.get(name) or (base.get("model.embed_tokens.weight") if name == "lm_head.weight" else None)
+    if own is None:
+        raise _other_base(adapter, f"it carries {name}, which the base does not have")
+    same = shape[1:] == own[1:] if _VOCABULARY.search(name) else shape == own
+    if not same:
+        raise _other_base(adapter, f"its {name} is {list(shape)}, the base has {list(own)}")
+
+
+def _other_base(adapter: Adapter, reason: str) -> AdapterError:
+    trained_on = adapter.config.get("base_model_name_or_path")
+    origin = f" It was trained on {trained_on}." if trained_on else ""
+    return AdapterError(
+        f"Adapter {adapter.files.name} was made for another base: {reason}.{origin}",
+        "Name the base it was trained on with --model.",
+    )
+
+
+def apply_adapters(model: torch.nn.Module, adapters: Sequence[Adapter]) -> torch.nn.Module:
+    """Put checked adapters on a loaded base, all active at once; returns the model to run.
+
+    Raises AdapterError when a tensor finds no place or a place gets no tensor.
+    """
+    from peft import LoraConfig, PeftModel
+
+    states = [adapter.tensors() for adapter in adapters]
+    _replace_tensors(model, adapters, states)
+    names = [f"adapter_{position}" for position in range(len(adapters))]
+    peft_model: Any = None
+    for adapter, name, state in zip(adapters, names, states, strict=True):
+        if not state:
+            continue  # it only replaced whole tensors
+        config = LoraConfig.from_pretrained(str(adapter.files.path))
+        config.modules_to_save = None  # those are in place already
+        config.inference_mode = True
+        try:
+            if peft_model is None:
+                peft_model = PeftModel(model, config, adapter_name=name)
+            else:
+                peft_model.add_adapter(name, config)
+        except ValueError as error:
+            raise AdapterError(
+                f"Adapter {adapter.files.name} cannot be added: {error}", "Merge the first one."
+            ) from error
+        _load_state(peft_model, adapter, name, state)
+        _scale(peft_model, name, adapter.files.scale)
+    if peft_model is None:
+        return model
+    peft_model.base_model.set_adapter(
+        [name for name, state in zip(names, states, strict=True) if state], inference_mode=True
+    )
+    result: torch.nn.Module = peft_model
+    return result
+
+
+def _replace_tensors(model: torch.nn.Module, adapters: Sequence[Adapter], states: Sequence[dict[str, Tensor]]) -> None:
+    """Take whole tensors out of `states` and put the last one of each name into the model."""
+    final: dict[str, tuple[Adapter, Tensor]] = {}
+    for adapter, state in zip(adapters, states, strict=True):
+        for name in [name for name in state if ".lora_" not in name and ".trainable_tokens_" not in name]:
+            final[name] = (adapter, state.pop(name))
+    for name, (adapter, tensor) in final.items():
+        if adapter.files.scale != 1.0:
+            raise UnsupportedError(
+                f"Adapter {adapter.files.name} replaces {name} and cannot be scaled by {adapter.files.scale:g}.",
+                "Use it without a scale.",
+            )
+        _replace(model, name, tensor, untie=_is_saved_module(adapter, name))
+
+
+def _is_saved_module(adapter: Adapter, name: str) -> bool:
+    """Modules to save stand beside the base's, so a tied weight's other end keeps its own values."""
+    module = name.rpartition(".")[0]
+    return any(module.endswith(saved) for saved in adapter.config.get("modules_to_save") or ())
+
+
+def _replace(model: Any, name: str, tensor: Tensor, *, untie: bool) -> None:
+    """Give a parameter new values and, for embeddings, a new number of rows."""
+    import torch
+
+    module_name, _, kind = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    old = getattr(module, kind)
+    new = torch.nn.Parameter(tensor.to(dtype=old.dtype, device=old.device), requires_grad=False)
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    setattr(module, kind, new)
+    if tied and not untie and _VOCABULARY.search(name):
+        for other in (head, model.get_input_embeddings()):
+            _set_rows(other, new)
+    elif tied and _VOCABULARY.search(name):
+        model.config.tie_word_embeddings = False
+    if _VOCABULARY.search(name):
+        _set_rows(module, new)
+        model.config.vocab_size = tensor.shape[0]
+
+
+def _set_rows(module: Any, weight: Any) -> None:
+    module.weight = weight
+    rows = "num_embeddings" if hasattr(module, "num_embeddings") else "out_features"
+    setattr(module, rows, weight.shape[0])
+
+
+def _load_state(peft_model: Any, adapter: Adapter, name: str, state: Mapping[str, Tensor]) -> None:
+    """Load low-rank tensors; every one must find its place and every place its tensor."""
+    from peft import set_peft_model_state_dict
+
+    prefixed = {f"base_model.model.{key}": tensor for key, tensor in state.items()}
+    result = set_peft_model_state_dict(peft_model, prefixed, adapter_name=name)
+    unbound = list(result.unexpected_keys)
+    empty = [key for key in result.missing_keys if f".{name}" in key]
+    if unbound or empty:
+        example = (unbound or empty)[0]
+        raise AdapterError(
+            f"Adapter {adapter.files.name}: {len(unbound)} of {len(state)} tensors found no place in the base and"
+            f" {len(empty)} places got no tensor (for example {example}).",
+            "Name the base it was trained on with --model, or fetch the adapter again.",
+        )
+
+
+def _scale(peft_model: Any, name: str, scale: float) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    for module in peft_model.modules() if scale != 1.0 else ():
+        if isinstance(module, LoraLayer) and name in module.scaling:
+            module.scaling[name] *= scale

@@ -1,0 +1,134 @@
+"""One request inside a running batch: its tokens so far, how its next one is chosen, and what its reader gets."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from calpaca.core.detokenizer import Detokenizer, StopScanner
+from calpaca.core.engine import Chunk, FinishReason, Handle, Request, Timings, TokenLogprob, Usage
+from calpaca.core.grammar import GrammarMatcher
+from calpaca.core.sampling import new_generator, penalise_repetition, sample, token_logprob
+from calpaca.core.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Row:
+    """State of one request. Only the engine's worker calls `choose` and `accept`; `cancel` is for any thread."""
+
+    def __init__(
+        self,
+        request: Request,
+        prompt: list[int],
+        *,
+        max_new_tokens: int,
+        tokenizer: Tokenizer,
+        eos_ids: frozenset[int],
+        matcher: GrammarMatcher | None,
+    ) -> None:
+        self.ids = list(prompt)
+        self.handle = Handle(self.cancel)
+        self._sampling = request.sampling
+        self._prompt_tokens = len(prompt)
+        self._max_new_tokens = max_new_tokens
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._matcher = matcher
+        self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._scanner = StopScanner(request.sampling.stop)
+        self._pending: list[int] = []
+        self._pending_logprobs: list[TokenLogprob] = []
+        self._submitted = time.perf_counter()
+        self._first_token: float | None = None
+        self._cancelled = threading.Event()
+        self._seen: Tensor | None = None
+        self._generator: torch.Generator | None = None
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is simply the one with the highest logit, which a batch can find for all rows."""
+        sampling = self._sampling
+        return self._matcher is None and sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token, from logits [vocabulary] (float32)."""
+        import torch
+
+        if self._sampling.repetition_penalty != 1.0:
+            logits = penalise_repetition(logits, self._occurred(logits), self._sampling.repetition_penalty)
+        if self._matcher is not None:
+            allowed = torch.from_numpy(self._matcher.allowed()).to(logits.device)
+            logits = logits.masked_fill(~allowed, float("-inf"))
+        if self._sampling.temperature == 0.0:
+            return int(logits.argmax())
+        if self._generator is None:
+            self._generator = new_generator(self._sampling.seed, logits.device)
+        return sample(logits, self._sampling, self._generator)
+
+    def _occurred(self, logits: Tensor) -> Tensor:
+        import torch
+
+        if self._seen is None:
+            self._seen = torch.zeros_like(logits, dtype=torch.bool)
+            self._seen[torch.tensor(self.ids, device=logits.device)] = True
+        else:
+            self._seen[self.ids[-1]] = True
+        return self._seen
+
+    def accept(self, token_id: int, logits: Tensor) -> bool:
+        """Take the chosen token and give its text to the reader; True when the answer is complete."""
+        if self._first_token is None:
+            self._first_token = time.perf_counter()
+        self.ids.append(token_id)
+        self._pending.append(token_id)
+        if self._sampling.logprobs is not None:
+            self._pending_logprobs.append(token_logprob(logits, token_id, self._sampling.logprobs, self._tokenizer))
+        if token_id in self._eos_ids:
+            return self.finish("stop")
+        if self._matcher is not None:
+            self._matcher.accept(token_id)
+        text = self._scanner.add(self._detokenizer.add(token_id))
+        if self._scanner.matched is not None or (self._matcher is not None and self._matcher.finished):
+            return self.finish("stop", text)
+        if len(self.ids) - self._prompt_tokens >= self._max_new_tokens:
+            return self.finish("length", text)
+        if text:
+            self.handle.put(Chunk(text, *self._take_pending()))
+        return False
+
+    def finish(self, reason: FinishReason, text: str = "") -> bool:
+        """End the answer; what was held back is given out unless a stop text ended it."""
+        if self._scanner.matched is None:
+            text += self._scanner.add(self._detokenizer.finish())
+        if self._scanner.matched is None:
+            text += self._scanner.finish()
+        elif reason == "length":
+            reason = "stop"
+        now = time.perf_counter()
+        self.handle.put(
+            Chunk(
+                text,
+                *self._take_pending(),
+                finish_reason=reason,
+                stop=self._scanner.matched,
+                usage=Usage(self._prompt_tokens, len(self.ids) - self._prompt_tokens),
+                timings=Timings((self._first_token or now) - self._submitted, now - self._submitted),
+            )
+        )
+        return True
+
+    def _take_pending(self) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:
+        taken = (tuple(self._pending), tuple(self._pending_logprobs))
+        self._pending, self._pending_logprobs = [], []
+        return taken
