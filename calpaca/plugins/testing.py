@@ -52,7 +52,7 @@ Answers = Iterable[str | Exception] | Callable[[str], str | Exception]
 _VOCABULARY = 262
 _EOS = 261
 _ALPHABET = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz ", dtype=np.uint8)
-_CLOSING = np.array([*b'"}]', _EOS])
+_CLOSING = np.array([*b'"}]'])
 _WHITESPACE = np.array([*b" \n\r\t"])
 _UNLIKELY = -40.0
 _SCRIPTED = 100.0
@@ -204,7 +204,7 @@ class _Work:
         while len(tokens) < (self.room or 512):
             logits = self._logits(len(tokens))
             if self.matcher is not None:
-                logits[_CLOSING], logits[_WHITESPACE] = 20.0, 2 * _UNLIKELY
+                logits[_CLOSING], logits[_EOS], logits[_WHITESPACE] = 20.0, 21.0, 2 * _UNLIKELY
                 allowed = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
                 logits[np.unpackbits(allowed, bitorder="little")[:_VOCABULARY] == 0] = -np.inf
             token = _choose(logits, self.sampling, tokens, random)
