@@ -82,6 +82,10 @@ class ContextOverflowError(ModelError):
         self.context_length = context_length
 
 
+class AnswerTimeoutError(ModelError, TimeoutError):
+    """An answer took longer than it was allowed to."""
+
+
 class UnsupportedError(ModelError):
     """An engine was asked for something that it cannot do."""
 

@@ -56,6 +56,23 @@ class Runtime:
         }
         return wanted.model_copy(update=defaults)
 
+    def check(self, model: ModelSpec | str | None = None) -> ModelSpec:
+        """The spec with the settings applied, if all its names are known. Loads nothing and asks no network.
+
+        Raises ModelNotFoundError or UsageError that names the nearest known name.
+        """
+        from calpaca.core.sources import check_model
+        from calpaca.core.template import named_template
+
+        spec = self.spec(model)
+        if spec.model is not None:
+            check_model(spec.model, self)
+        if spec.engine != "auto":
+            self.engines.get(spec.engine)
+        if spec.chat_template is not None:
+            named_template(spec.chat_template)
+        return spec
+
     def model(self, model: ModelSpec | str | None = None) -> Model:
         """Load a model, or give the one that is loaded for the same spec. Raises ModelError."""
         from calpaca.core.model import Model

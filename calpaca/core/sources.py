@@ -110,6 +110,16 @@ def resolve_embedding(reference: str | None, runtime: Runtime) -> Found:
     return found
 
 
+def check_model(reference: str, runtime: Runtime) -> None:
+    """Raise ModelNotFoundError for a name that can name no language model. Asks no network."""
+    _named(reference, runtime, "chat")
+
+
+def check_embedding(reference: str, runtime: Runtime) -> None:
+    """Raise ModelNotFoundError for a name that can name no embedding model. Asks no network."""
+    _named(reference, runtime, "embedding")
+
+
 def find_cached(entry: Entry, runtime: Runtime) -> Found | None:
     """The model of a catalogue entry if it lies here already. Asks no network."""
     return _cached(entry.name, entry.origins, _sources(runtime), None)
@@ -119,16 +129,21 @@ def find_cached(entry: Entry, runtime: Runtime) -> Found | None:
 
 
 def _resolve(reference: str, runtime: Runtime, kind: Kind | None, revision: str | None) -> Found:
+    named = _named(reference, runtime, kind)
+    return named if isinstance(named, Found) else _obtain(*named, _sources(runtime), revision)
+
+
+def _named(reference: str, runtime: Runtime, kind: Kind | None) -> Found | tuple[str, tuple[Origin, ...]]:
+    """What lies on this machine, or a name and where it may come from. Raises ModelNotFoundError."""
     local = _local(reference)
     if local is not None:
         return local
     entry = catalogue.ENTRIES.get(reference.lower())
     if entry is not None and kind in {None, entry.kind}:
-        return _obtain(entry.name, entry.origins, _sources(runtime), revision)
-    sources = _sources(runtime)
+        return entry.name, entry.origins
     origin = Repository(reference)
-    if entry is None and any(source.handles(origin) for source in sources.values()):
-        return _obtain(reference, (origin,), sources, revision)
+    if entry is None and any(source.handles(origin) for source in _sources(runtime).values()):
+        return reference, (origin,)
     known = [*(name for name, each in catalogue.ENTRIES.items() if kind in {None, each.kind}), *runtime.settings.models]
     what = "adapter" if kind is None else f"{kind} model"
     message, hint = unknown_name(what, reference, known if kind else [])

@@ -38,9 +38,10 @@ from calpaca.core.engine import (
 from calpaca.core.errors import ContextOverflowError, ModelError, UsageError
 from calpaca.core.model import Model
 from calpaca.core.runtime import Runtime
-from calpaca.core.settings import Settings
+from calpaca.core.settings import Settings, read_settings
 from calpaca.core.spec import ModelSpec
 from calpaca.core.template import NAMED_TEMPLATES, ChatTemplate
+from calpaca.plugins.wiring import build_runtime
 
 if TYPE_CHECKING:
     from calpaca.core.embedding import Embedder
@@ -337,6 +338,9 @@ class FakeRuntime(Runtime):
         self.fake = model
         self.fake_embedder = embedder
 
+    def check(self, model: ModelSpec | str | None = None) -> ModelSpec:
+        return self.spec(model)
+
     def model(self, model: ModelSpec | str | None = None) -> Model:  # noqa: ARG002
         return self.fake
 
@@ -357,5 +361,9 @@ def fake_runtime(
     settings: Settings | None = None,
     **options: Any,
 ) -> FakeRuntime:
-    """A runtime with empty registries that answers from a script; `options` are passed to the `FakeEngine`."""
-    return FakeRuntime(fake_model(answers, **options), embedder or FakeEmbedder(), settings or Settings())
+    """A runtime with the installed plugins that answers from a script; `options` are passed to the `FakeEngine`."""
+    fake = FakeRuntime(fake_model(answers, **options), embedder or FakeEmbedder(), settings or read_settings())
+    built = build_runtime(fake.settings)
+    for registry in ("engines", "sources", "loaders", "stores", "apps", "plugins"):
+        setattr(fake, registry, getattr(built, registry))
+    return fake
