@@ -120,6 +120,10 @@ def check_adapters(adapters: Sequence[Adapter], base: Shapes, tokenizer_size: in
     """
     check_order(adapters)
     for adapter in adapters:
+        if not adapter.shapes:
+            raise AdapterError(
+                f"{adapter.weights} holds no tensors.", "Its training saved nothing; take another checkpoint."
+            )
         for name, shape in adapter.shapes.items():
             _check_tensor(adapter, name, shape, base)
     rows = next((name for name in base if name.endswith("embed_tokens.weight")), None)

@@ -64,7 +64,12 @@ def test_repetition_penalty_equals_that_of_generate(smollm2_engine: Transformers
 
 
 def test_requests_that_join_a_running_batch_get_the_tokens_they_get_alone(smollm2_engine: TransformersEngine) -> None:
-    prompts = ["Once upon a time", "The capital of France is", "1, 2, 3, 4,", "Llamas and alpacas are animals that " * 20]
+    prompts = [
+        "Once upon a time",
+        "The capital of France is",
+        "1, 2, 3, 4,",
+        "Llamas and alpacas are animals that " * 20,
+    ]
     alone = [greedy(smollm2_engine, prompt, 20) for prompt in prompts]
     handles = []
     for prompt in prompts:
@@ -103,7 +108,7 @@ def test_a_model_without_a_template_says_which_ones_there_are(smollm2: Path, tmp
     folder = copy_of(smollm2, tmp_path)
     (folder / "chat_template.jinja").unlink()
     engine = open_engine(model_files(folder, device="cpu"), Runtime(Settings()))
-    with pytest.raises(ModelError, match="no chat template.*alpaca"):
+    with pytest.raises(ModelError, match=r"no chat template.*alpaca"):
         engine.template.render([{"role": "user", "content": "Hello"}])
     engine.close()
 
