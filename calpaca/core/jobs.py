@@ -63,6 +63,11 @@ def step_key(kind: str, **inputs: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def id_of_job(kind: str, parameters: Mapping[str, Any]) -> str:
+    """The id of the job of this kind with these parameters, also before it was ever started."""
+    return step_key(kind, parameters=dict(parameters))[:12]
+
+
 class Ledger:
     """Jobs and steps in one SQLite file."""
 
@@ -114,7 +119,7 @@ class Ledger:
 
         Raises JobError when it is running in another process.
         """
-        job_id = step_key(kind, parameters=dict(parameters))[:12]
+        job_id = id_of_job(kind, parameters)
         now = time.time()
         with self._connection() as connection:
             connection.execute("BEGIN IMMEDIATE")
