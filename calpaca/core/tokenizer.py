@@ -188,8 +188,9 @@ class _PieceBytes:
     def __call__(self, text: str) -> list[int]:
         if isinstance(text, bytes):
             raise TypeError("text, not bytes")  # llguidance probes for bytes support
-        ids: list[int] = self._encode(text)
-        return ids
+        # What llguidance tokenises continues a text, so the space that SentencePiece puts before a text must go.
+        ids: list[int] = self._encode(f"\n{text}")
+        return ids[len(self._encode("\n")) :]
 
 
 def _token_text(token: Any) -> str | None:
