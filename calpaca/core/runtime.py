@@ -73,6 +73,12 @@ class Runtime:
             named_template(spec.chat_template)
         return spec
 
+    def check_embedding(self, name: str) -> None:
+        """Raise ModelNotFoundError for a name that can name no embedding model. Asks no network."""
+        from calpaca.core.sources import check_embedding
+
+        check_embedding(name, self)
+
     def model(self, model: ModelSpec | str | None = None) -> Model:
         """Load a model, or give the one that is loaded for the same spec. Raises ModelError."""
         from calpaca.core.model import Model
@@ -83,6 +89,11 @@ class Runtime:
             if key not in self._models:
                 self._models[key] = Model.load(spec, self)
             return self._models[key]
+
+    def loaded(self, model: ModelSpec | str | None = None) -> Model | None:
+        """The model of this spec if it is loaded already."""
+        with self._lock:
+            return self._models.get(self.spec(model).model_dump_json())
 
     def embedder(self, name: str | None = None) -> Embedder:
         """Load an embedding model by name, id or folder; None is the settings' or the catalogue's default."""

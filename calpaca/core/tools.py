@@ -67,18 +67,52 @@ def read_choice(choice: str | bool | Mapping[str, Any] | None, tools: Sequence[T
     return (str(name),)
 
 
-def call_grammar(tools: Sequence[Tool], choice: Choice, tokens: int, *, several: bool = True) -> Grammar | None:
+def answer_grammar(
+    tools: Sequence[Tool],
+    choice: Choice,
+    response_format: Mapping[str, Any] | None = None,
+    *,
+    tokens: int,
+    several: bool = True,
+) -> Grammar | None:
     """What an answer may look like, within about `tokens` tokens; None when anything may come.
 
     A forced call is JSON alone, so every engine that knows JSON schemas can do it. With `auto` the text is free until
-    the model begins a call, whose body is then held to the tools; `several` allows more than one.
+    the model begins a call, whose body is then held to the tools; `several` allows more than one. `response_format` is
+    OpenAI's and takes the place of the free text. Raises UsageError for a wrong one.
     """
+    answer = _format_schema(response_format, tokens) if response_format is not None else None
     if choice == "none" or not tools:
-        return None
+        return Grammar("json_schema", answer) if answer is not None else None
     if choice == "auto":
-        return Grammar("lark", _free_text_with_calls(_call_schema(tools, tokens), several))
+        return Grammar("lark", _calls_or_answer(_call_schema(tools, tokens), answer, several))
     wanted = [tool for tool in tools if choice == "any" or tool_name(tool) in choice]
     return Grammar("json_schema", _call_schema(wanted, tokens))
+
+
+def _format_schema(response_format: Mapping[str, Any], tokens: int) -> dict[str, Any] | None:
+    """The schema of OpenAI's `response_format`: `text` (None), `json_object` or `json_schema`."""
+    kind = response_format.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind != "json_schema":
+        raise UsageError(*unknown_name("response format", str(kind), ("text", "json_object", "json_schema")))
+    schema = response_format.get("json_schema", {}).get("schema")
+    if not isinstance(schema, Mapping):
+        raise UsageError("The response format 'json_schema' has no schema.", "Put it at json_schema.schema.")
+    return bounded(closed(schema), tokens)
+
+
+def describe_format(response_format: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A system message that tells the model what its grammar will hold it to; without it the values are guesses."""
+    schema = response_format.get("json_schema", {}).get("schema")
+    if response_format.get("type") == "text":
+        return []
+    text = "Answer with a JSON object"
+    text += f" that fits this JSON schema:\n{json.dumps(schema, ensure_ascii=False)}" if schema else "."
+    return [{"role": "system", "content": text}]
 
 
 def _call_schema(tools: Sequence[Tool], tokens: int) -> dict[str, Any]:
@@ -102,20 +136,26 @@ def _call_schema(tools: Sequence[Tool], tokens: int) -> dict[str, Any]:
     return {**schema, "$defs": definitions} if definitions else schema
 
 
-def _free_text_with_calls(schema: Mapping[str, Any], several: bool) -> str:
-    """A Lark grammar in llguidance's dialect: the lazy lexeme ends where a call begins."""
-    style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    body = json.dumps({**schema, "x-guidance": style}, ensure_ascii=False)
-    return "\n".join(
-        (
-            "%llguidance {}",
-            f"start: {'call* TEXT' if several else 'TEXT | call'}",
-            f'call: begin "\\n" body "\\n{END}"',
-            f"begin[lazy]: /(.|\\n)*{BEGIN}/",
-            f"body: %json {body}",
-            "TEXT: /(.|\\n)*/",
-        )
-    )
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def _calls_or_answer(call: Mapping[str, Any], answer: Mapping[str, Any] | None, several: bool) -> str:
+    """A Lark grammar in llguidance's dialect. A lazy lexeme ends where it first matches: where a call begins."""
+    calls = "call+" if several else "call"
+    free = "call* TEXT" if several else "TEXT | call"
+    rules = [
+        "%llguidance {}",
+        f"start: {free if answer is None else f'{calls} | answer'}",
+        f'call: begin "\\n" body "\\n{END}"',
+        f"begin[lazy]: /(.|\\n)*{BEGIN}/" if answer is None else f'begin: /\\n?/ "{BEGIN}"',
+        f"body: {_json_rule(call)}",
+        "TEXT: /(.|\\n)*/" if answer is None else f"answer: {_json_rule(answer)}",
+    ]
+    return "\n".join(rules)
+
+
+def _json_rule(schema: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": _JSON_STYLE}, ensure_ascii=False)
 
 
 class CallReader:
@@ -128,6 +168,7 @@ class CallReader:
         self._forced = forced
         self._held = ""
         self._inside = forced
+        self._called = False
 
     def feed(self, text: str) -> Iterator[Part]:
         """What is certain after `text`."""
@@ -142,6 +183,7 @@ class CallReader:
             self._held = after
             if self._inside:
                 yield read_call(before)
+                self._called = True
             elif before.strip():
                 yield before
             self._inside = not self._inside
@@ -150,12 +192,14 @@ class CallReader:
         """What is left when no more text comes."""
         if self._inside and (self._held.strip() or not self._forced):
             yield read_call(self._held)
-        elif self._held and not self._inside:
+        elif not self._inside and (self._held.strip() if self._called else self._held):
             yield self._held
         self._held = ""
 
     def _release(self) -> Iterator[str]:
-        """The held text up to where a tag may begin."""
+        """The held text up to where a tag may begin. White space that only sets calls apart is dropped."""
+        if self._called:
+            self._held = self._held.lstrip()
         keep = next((n for n in range(len(BEGIN) - 1, 0, -1) if self._held.endswith(BEGIN[:n])), 0)
         certain = self._held[: len(self._held) - keep]
         self._held = self._held[len(certain) :]
@@ -173,21 +217,3 @@ def read_call(text: str) -> ToolCall | BrokenCall:
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return BrokenCall(text.strip(), "not a tool call: 'name' must be a text and 'arguments' an object")
     return ToolCall(f"call_{uuid.uuid4().hex[:24]}", name, json.dumps(arguments, ensure_ascii=False))
-
-
-def response_schema(response_format: Mapping[str, Any], tokens: int) -> Grammar | None:
-    """The grammar of OpenAI's `response_format`: `text`, `json_object` or `json_schema`.
-
-    Raises UsageError for another type or a missing schema.
-    """
-    kind = response_format.get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return Grammar("json_schema", {"type": "object"})
-    if kind != "json_schema":
-        raise UsageError(*unknown_name("response format", str(kind), ("text", "json_object", "json_schema")))
-    schema = response_format.get("json_schema", {}).get("schema")
-    if not isinstance(schema, Mapping):
-        raise UsageError("The response format 'json_schema' has no schema.", "Put it at json_schema.schema.")
-    return Grammar("json_schema", bounded(closed(schema), tokens))

@@ -341,7 +341,13 @@ class FakeRuntime(Runtime):
     def check(self, model: ModelSpec | str | None = None) -> ModelSpec:
         return self.spec(model)
 
+    def check_embedding(self, name: str) -> None:
+        """Any name will do."""
+
     def model(self, model: ModelSpec | str | None = None) -> Model:  # noqa: ARG002
+        return self.fake
+
+    def loaded(self, model: ModelSpec | str | None = None) -> Model | None:  # noqa: ARG002
         return self.fake
 
     def embedder(self, name: str | None = None) -> Embedder:  # noqa: ARG002
