@@ -38,7 +38,7 @@ def load_target(target: str, *, feature: str, extra: str | None = None) -> Any:
         return getattr(module, attribute)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
-        if extra is not None and not module_name.startswith(missing):
+        if extra is not None and missing.partition(".")[0] != module_name.partition(".")[0]:
             raise MissingExtraError(feature, extra, missing) from error
         raise PluginError(
             f"{feature} points to {target}, but the module '{missing}' is missing.",
