@@ -11,6 +11,7 @@ import logging
 import os
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,14 @@ class Header:
     @property
     def parameters(self) -> int:
         return sum(prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def main_type(self) -> str | None:
+        """ggml's name of the type that most weights are stored in, such as `Q4_1`."""
+        counts: Counter[int] = Counter()
+        for tensor in self.tensors:
+            counts[tensor.type] += prod(tensor.shape)
+        return _type_name(counts.most_common(1)[0][0]) if counts else None
 
     def of_architecture(self, key: str) -> Scalar | None:
         """The value of `<architecture>.<key>`, such as `llama.context_length`."""
@@ -119,15 +128,28 @@ def converted_folder(path: Path) -> Path:
 
 def _end(tensor: Tensor) -> int:
     """The byte after the tensor, from the start of the data. Types that gguf does not know count as empty."""
+    constants = _constants()
     try:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("A GGUF file", "torch", error.name or "gguf") from error
-    try:
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.type)]
+        block, size = constants.GGML_QUANT_SIZES[constants.GGMLQuantizationType(tensor.type)]
     except (ValueError, KeyError):
         return tensor.offset
     return tensor.offset + prod(tensor.shape) // int(block) * int(size)
+
+
+def _type_name(number: int) -> str:
+    try:
+        return str(_constants().GGMLQuantizationType(number).name)
+    except ValueError:
+        return f"type {number}"
+
+
+def _constants() -> Any:
+    """ggml's types and their sizes."""
+    try:
+        from gguf import constants
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("A GGUF file", "torch", error.name or "gguf") from error
+    return constants
 
 
 def _convert(path: Path, target: Path) -> None:
