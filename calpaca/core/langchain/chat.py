@@ -66,14 +66,6 @@ class ChatCalpaca(ModelParameters, BaseChatModel):
     def _llm_type(self) -> str:
         return "calpaca-chat"
 
-    @classmethod
-    def is_lc_serializable(cls) -> bool:
-        return True
-
-    @property
-    def lc_secrets(self) -> dict[str, str]:
-        return {"api_key": "CALPACA_API_KEY"}
-
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
         return self._identity({})

@@ -54,14 +54,6 @@ class CalpacaLLM(ModelParameters, BaseLLM):
     def _llm_type(self) -> str:
         return "calpaca"
 
-    @classmethod
-    def is_lc_serializable(cls) -> bool:
-        return True
-
-    @property
-    def lc_secrets(self) -> dict[str, str]:
-        return {"api_key": "CALPACA_API_KEY"}
-
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
         identity = self._identity({})
