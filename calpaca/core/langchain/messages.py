@@ -18,13 +18,14 @@ from langchain_core.messages import (
     ToolMessage,
 )
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
 
 from calpaca.core.engine import Chunk, Usage
 from calpaca.core.errors import UnsupportedError, UsageError, unknown_name
 from calpaca.core.langchain.parameters import end_info, logprobs_info
 from calpaca.core.model import Model
-from calpaca.core.tools import CallReader, Part, ToolCall
+from calpaca.core.tools import BEGIN, BrokenCall, CallReader, Part, ToolCall
 
 _ROLES = {
     "system": "system",
@@ -122,7 +123,7 @@ class AnswerReader:
     def __init__(self, model: Model, reader: CallReader | None) -> None:
         self._model = model
         self._reader = reader
-        self._calls = 0
+        self._called = False
 
     def read(self, chunk: Chunk) -> Iterator[ChatGenerationChunk]:
         """Nothing, as long as a text may turn out to be a tool call; else one chunk, the last one marked as such."""
@@ -133,7 +134,7 @@ class AnswerReader:
         info: dict[str, Any] = {"logprobs": logprobs_info(chunk.logprobs)} if chunk.logprobs else {}
         if last:
             info |= end_info(chunk, self._model)
-            if self._calls and chunk.finish_reason == "stop":
+            if self._called and chunk.finish_reason == "stop":
                 info["finish_reason"] = "tool_calls"
         if not (text or calls or info):
             return
@@ -153,10 +154,12 @@ class AnswerReader:
         if last:
             yield from self._reader.end()
 
-    def _call(self, part: Part) -> ToolCallChunk:
-        """A call; text that should be one has no name, so that LangChain files it under the invalid calls."""
-        index, self._calls = self._calls, self._calls + 1
+    def _call(self, part: ToolCall | BrokenCall) -> ToolCallChunk:
+        """A whole call, so that it needs no index to be merged by.
+
+        Text that should be a call is no JSON while its tag is before it: LangChain files it under the invalid calls.
+        """
+        self._called = True
         if isinstance(part, ToolCall):
-            return ToolCallChunk(name=part.name, args=part.arguments, id=part.id, index=index, type="tool_call_chunk")
-        text = part if isinstance(part, str) else part.text
-        return ToolCallChunk(name=None, args=text, id=None, index=index, type="tool_call_chunk")
+            return tool_call_chunk(name=part.name, args=part.arguments, id=part.id)
+        return tool_call_chunk(args=f"{BEGIN}\n{part.text}")
