@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import shutil
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 from tqdm import tqdm
 
+from calpaca.core.disk import check_space, disk_errors, megabytes
 from calpaca.core.errors import DownloadError
 from calpaca.core.lock import exclusive
 
@@ -50,30 +48,13 @@ def download(
     with exclusive(target):
         if target.is_file():
             return target
-        target.parent.mkdir(parents=True, exist_ok=True)
         check_space(target.parent, (size or 0) - _length(wanted.part), wanted.name)
-        try:
+        with disk_errors(target.parent, wanted.name, size or 0):
+            target.parent.mkdir(parents=True, exist_ok=True)
             _fetch(wanted, client)
             _verify(wanted)
             wanted.part.replace(target)
-        except OSError as error:
-            raise _disk_error(error, wanted) from error
     return target
-
-
-def check_space(folder: Path, needed: int, name: str) -> None:
-    """Raise DownloadError when the disk that `folder` lies on has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DownloadError(
-            f"{name} needs {megabytes(needed)} in {folder}, but {megabytes(free)} are free.",
-            "Free some space, or point CALPACA_CACHE to another disk.",
-        )
-
-
-def megabytes(size: int) -> str:
-    """A size for people, in units of 10^6 bytes."""
-    return f"{size / 1e6:,.1f} MB"
 
 
 def _length(file: Path) -> int:
@@ -82,9 +63,8 @@ def _length(file: Path) -> int:
 
 def _fetch(wanted: _Wanted, client: httpx.Client | None) -> None:
     """Fill the part file, taking a broken connection up again."""
-    with suppress(FileNotFoundError):
-        if wanted.size is not None and _length(wanted.part) > wanted.size:
-            wanted.part.unlink()
+    if wanted.size is not None and _length(wanted.part) > wanted.size:
+        wanted.part.unlink()
     for attempt in range(1, _ATTEMPTS + 1):
         if wanted.size is not None and _length(wanted.part) == wanted.size:
             return
@@ -181,16 +161,3 @@ def reason(error: httpx.TransportError) -> str:
 def _host(url: str) -> str:
     """The server's name alone: a URL may carry a password."""
     return httpx.URL(url).host
-
-
-def _disk_error(error: OSError, wanted: _Wanted) -> DownloadError:
-    if error.errno == errno.ENOSPC:
-        missing = max(0, (wanted.size or 0) - _length(wanted.part))
-        return DownloadError(
-            f"The disk of {wanted.part.parent} is full; {wanted.name} needs {megabytes(missing)} more.",
-            "Free some space, or point CALPACA_CACHE to another disk; the download will be continued.",
-        )
-    return DownloadError(
-        f"{wanted.name} could not be written to {wanted.part.parent}: {error.strerror or error}.",
-        "Check the folder's permissions, or point CALPACA_CACHE elsewhere.",
-    )

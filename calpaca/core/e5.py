@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+RECIPE = 1
+"""Part of the cache's key: a better conversion must not find the older one's result."""
+
 _DIMENSIONS_AT, _VOCABULARY_AT = 8, 44
 _BLOCK_VALUES, _BLOCK_BYTES = 32, 18
 _EMBEDDINGS = {"emb.word": "word_embeddings", "emb.pos": "position_embeddings", "emb.type": "token_type_embeddings"}
@@ -167,13 +170,17 @@ def _shape(name: str, dimensions: _Dimensions) -> tuple[int, ...]:
 
 def _write_weights(tensors: dict[str, NDArray[np.float32]], dimensions: _Dimensions, file: Path) -> None:
     import numpy as np
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     halves = {name: values.astype(np.float16) for name, values in tensors.items()}
     # Mean pooling does not use BERT's pooler; zeros keep loaders from filling it at random, and from warning.
     halves["pooler.dense.weight"] = np.zeros((dimensions.hidden, dimensions.hidden), np.float16)
     halves["pooler.dense.bias"] = np.zeros(dimensions.hidden, np.float16)
-    save_file(halves, file, metadata={"format": "pt"})
+    try:
+        save_file(halves, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # how its writer reports a full disk
+        raise OSError(str(error)) from error
 
 
 def _configuration(dimensions: _Dimensions) -> dict[str, Any]:

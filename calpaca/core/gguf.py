@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
-from calpaca.core.download import check_space, megabytes
+from calpaca.core.disk import check_space, disk_errors, megabytes
 from calpaca.core.errors import CorruptFileError, MissingExtraError, ModelNotFoundError, UnsupportedError
 from calpaca.core.fingerprint import file_digest
 from calpaca.core.lock import exclusive
@@ -113,10 +113,13 @@ def hf_folder(path: Path) -> Path:
     needed = 2 * header.parameters
     with exclusive(folder):
         if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
             check_space(folder.parent, needed, f"The float16 form of {path.name}")
             logger.info("Converting %s to a Hugging Face folder of %s, once.", path.name, megabytes(needed))
-            with _converting, atomic_folder(folder) as unfinished:
+            with (
+                _converting,
+                disk_errors(folder.parent, f"The float16 form of {path.name}", needed),
+                atomic_folder(folder) as unfinished,
+            ):
                 _convert(path, unfinished)
     return folder
 
@@ -156,6 +159,7 @@ def _convert(path: Path, target: Path) -> None:
     try:
         import torch
         import transformers
+        from safetensors import SafetensorError
     except ModuleNotFoundError as error:
         raise MissingExtraError("Using a GGUF file", "torch", error.name or "torch") from error
     options: dict[str, Any] = {"dtype": torch.float16}
@@ -166,13 +170,16 @@ def _convert(path: Path, target: Path) -> None:
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, **source, **options)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **source)
-        except (ValueError, KeyError, NotImplementedError) as error:
+        except (OSError, ValueError, KeyError, NotImplementedError) as error:
             raise UnsupportedError(
                 f"{path.name} cannot be read by transformers: {error}.",
                 "Use the model's Hugging Face folder instead.",
             ) from error
         tokenizer.model_max_length = model.config.max_position_embeddings
-        model.save_pretrained(target)
+        try:
+            model.save_pretrained(target)
+        except SafetensorError as error:  # how its writer reports a full disk
+            raise OSError(str(error)) from error
         tokenizer.save_pretrained(target)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calpaca.core.catalogue import Origin, Repository
-from calpaca.core.download import check_space
+from calpaca.core.disk import check_space
 from calpaca.core.errors import DownloadError, MissingExtraError, ModelNotFoundError
 from calpaca.core.sources import HUB_ID, UnavailableError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from calpaca.core.settings import Settings
 
 _ALWAYS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
+_ESSENTIAL = ("config.json", "adapter_config.json", "modules.json", "tokenizer.json", "tokenizer_config.json")
 _SAFE, _PICKLED = ("*.safetensors",), ("pytorch_model*.bin", "adapter_model.bin")
 _OTHER_FORMATS = ("onnx/*", "openvino/*", "coreml/*", "original/*", "runs/*", "checkpoint-*/*", "*training_args*")
 
@@ -33,8 +34,15 @@ class HuggingFaceSource:
         return isinstance(origin, Repository) and HUB_ID.fullmatch(origin.id) is not None
 
     def cached(self, origin: Origin, revision: str | None) -> Path | None:
+        """Whole is what the loaders need; a file that only this program would fetch may be missing."""
+        from huggingface_hub import snapshot_download
+
+        assert isinstance(origin, Repository)
         try:
-            return self._snapshot(origin, revision, local_files_only=True)
+            folder = Path(
+                snapshot_download(origin.id, revision=revision, local_files_only=True, allow_patterns=list(_ESSENTIAL))
+            )
+            return folder if is_whole(folder) else None
         except (OSError, ValueError):
             return None
 
@@ -46,8 +54,8 @@ class HuggingFaceSource:
         if constants.HF_HUB_OFFLINE:
             raise UnavailableError("the Hugging Face hub is switched off by HF_HUB_OFFLINE")
         _probe(constants.ENDPOINT, self.timeout)
-        _check_cache_space(Path(constants.HF_HUB_CACHE), origin)
-        folder = _translated(lambda: self._snapshot(origin, revision, local_files_only=False), origin, revision)
+        check_space(Path(constants.HF_HUB_CACHE), origin.size, origin.id)
+        folder = _translated(lambda: self._snapshot(origin.id, revision), origin, revision)
         if folder is None:
             raise ModelNotFoundError(
                 f"{origin.id} on the hub holds no weights as safetensors or .bin.",
@@ -55,15 +63,13 @@ class HuggingFaceSource:
             )
         return folder
 
-    def _snapshot(self, origin: Origin, revision: str | None, *, local_files_only: bool) -> Path | None:
+    def _snapshot(self, repository: str, revision: str | None) -> Path | None:
         from huggingface_hub import snapshot_download
 
-        assert isinstance(origin, Repository)
         for weights in (_SAFE, _PICKLED):
             folder = snapshot_download(
-                origin.id,
+                repository,
                 revision=revision,
-                local_files_only=local_files_only,
                 allow_patterns=[*_ALWAYS, *weights],
                 ignore_patterns=list(_OTHER_FORMATS),
                 tqdm_class=_vanishing_bar(),
@@ -85,6 +91,9 @@ class ModelScopeSource:
         return isinstance(origin, Repository) and HUB_ID.fullmatch(origin.id) is not None
 
     def cached(self, origin: Origin, revision: str | None) -> Path | None:
+        cache = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
+        if not cache.is_dir():
+            return None  # never used here, and importing its client takes more than a second
         from modelscope_hub.errors import HubError
 
         try:
@@ -94,12 +103,13 @@ class ModelScopeSource:
 
     def fetch(self, origin: Origin, revision: str | None) -> Path:
         from huggingface_hub import constants
-        from modelscope_hub.constants import DEFAULT_ENDPOINT
-        from modelscope_hub.errors import HubError
 
         assert isinstance(origin, Repository)
         if constants.HF_HUB_OFFLINE:
             raise UnavailableError("ModelScope is switched off by HF_HUB_OFFLINE")
+        from modelscope_hub.constants import DEFAULT_ENDPOINT
+        from modelscope_hub.errors import HubError
+
         _probe(os.environ.get("MODELSCOPE_ENDPOINT") or DEFAULT_ENDPOINT, self.timeout)
         try:
             folder = self._snapshot(origin, revision, local_files_only=False)
@@ -128,14 +138,15 @@ class ModelScopeSource:
 
 def is_whole(folder: Path) -> bool:
     """Whether a folder has a configuration and every weights file that it should have."""
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "modules.json")):
         return False
     for index in folder.glob("*.index.json"):
         shards = set(json.loads(index.read_text("utf-8")).get("weight_map", {}).values())
         if all((folder / shard).is_file() for shard in shards):
             return True
     names = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
-    return any((folder / name).is_file() for name in names)
+    # Old sentence-transformers models keep the encoder in a folder of its own.
+    return any((each / name).is_file() for each in (folder, folder / "0_Transformer") for name in names)
 
 
 def _probe(endpoint: str, timeout: float) -> None:
@@ -186,11 +197,8 @@ def _translated(fetch: Callable[[], Path | None], origin: Repository, revision: 
         raise DownloadError(
             f"{origin.id} could not be stored: {error}.", "Check the disk of the hub's cache."
         ) from error
-
-
-def _check_cache_space(folder: Path, origin: Repository) -> None:
-    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-    check_space(existing, origin.size, origin.id)
+    except Exception as error:  # transport errors of whichever HTTP library the hub's client is built on
+        raise UnavailableError(f"the Hugging Face hub: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -20,7 +20,6 @@ from calpaca.core.errors import (
     ModelNotFoundError,
     UnsupportedError,
     nearest,
-    unknown_name,
 )
 from calpaca.core.fingerprint import model_files
 from calpaca.core.registry import Component
@@ -144,10 +143,34 @@ def _named(reference: str, runtime: Runtime, kind: Kind | None) -> Found | tuple
     origin = Repository(reference)
     if entry is None and any(source.handles(origin) for source in _sources(runtime).values()):
         return reference, (origin,)
-    known = [*(name for name, each in catalogue.ENTRIES.items() if kind in {None, each.kind}), *runtime.settings.models]
-    what = "adapter" if kind is None else f"{kind} model"
-    message, hint = unknown_name(what, reference, known if kind else [])
-    raise ModelNotFoundError(message, f"{hint} A folder, a .gguf file or a hub id (owner/name) works too.")
+    raise _unknown(reference, kind, runtime)
+
+
+def _unknown(reference: str, kind: Kind | None, runtime: Runtime) -> ModelNotFoundError:
+    """The error for a short name that nothing has; the catalogue's names are also found by their first part."""
+    if kind is None:
+        return ModelNotFoundError(f"There is no adapter '{reference}'.", "Name its folder or a hub id (owner/name).")
+    entry = catalogue.ENTRIES.get(reference.lower())
+    if entry is not None:
+        return ModelNotFoundError(
+            f"'{reference}' is no {kind} model, but one for {entry.kind}.", f"{_known_line(kind, runtime)}."
+        )
+    short = {name.partition("-")[0]: name for name in _known(kind, runtime)}
+    match = nearest(reference, [*_known(kind, runtime), *short])
+    suggestion = f"Did you mean '{short.get(match, match)}'? " if match else ""
+    return ModelNotFoundError(
+        f"Unknown {kind} model '{reference}'.",
+        f"{suggestion}{_known_line(kind, runtime)}; a folder, a .gguf file or a hub id (owner/name) works too.",
+    )
+
+
+def _known(kind: Kind, runtime: Runtime) -> list[str]:
+    named = list(runtime.settings.models) if kind == "chat" else []
+    return [*(name for name, entry in catalogue.ENTRIES.items() if entry.kind == kind), *named]
+
+
+def _known_line(kind: Kind, runtime: Runtime) -> str:
+    return f"Known: {', '.join(sorted(_known(kind, runtime)))}"
 
 
 def _local(reference: str) -> Found | None:
@@ -157,7 +180,7 @@ def _local(reference: str) -> Found | None:
         return _local_folder(path, reference)
     if path.is_file():
         if path.suffix == ".gguf":
-            return Found(path.stem, path, "local")
+            return Found(path.stem, path.absolute(), "local")
         raise ModelNotFoundError(
             f"{path} is a file, but no .gguf file.", f"Name the folder it lies in: {path.absolute().parent}"
         )
@@ -168,15 +191,15 @@ def _local(reference: str) -> Found | None:
 
 def _local_folder(path: Path, reference: str) -> Found | None:
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
-        return Found(path.resolve().name, path, "local")
+        return Found(path.resolve().name, path.absolute(), "local")
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
-        return Found(files[0].stem, files[0], "local")
+        return Found(files[0].stem, files[0].absolute(), "local")
     if files:
         names = ", ".join(file.name for file in files)
         raise ModelNotFoundError(f"{path} holds {len(files)} GGUF files.", f"Name one of them: {names}.")
     if model_files(path):
-        return Found(path.resolve().name, path, "local")
+        return Found(path.resolve().name, path.absolute(), "local")
     if _looks_like_path(reference):
         raise ModelNotFoundError(f"The folder {path} holds no model.", "Name the folder that config.json lies in.")
     return None  # a folder of the current one that happens to be called like a model

