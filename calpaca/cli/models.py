@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -58,6 +59,23 @@ def pull(names: tuple[str, ...]) -> None:
 def path(name: str, file_format: Literal["hf", "gguf"]) -> None:
     """Print where a model lies, fetching it where needed."""
     click.echo(_find(name, shared_runtime(), file_format).path)
+
+
+@models.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def show(name: str, as_json: bool) -> None:
+    """Describe a model: architecture, size, context, licence, fingerprint. It is fetched where needed."""
+    from calpaca.core.model_card import read_card
+
+    card = asdict(read_card(_find(name, shared_runtime(), None)))
+    if as_json:
+        click.echo(json.dumps(card, ensure_ascii=False, indent=2, default=str))
+        return
+    for field, value in card.items():
+        if value is not None:
+            shown = _size(value) if field == "size" else f"{value:,}" if isinstance(value, int) else value
+            click.echo(f"{field.replace('_', ' '):<16}{shown}")
 
 
 def _find(name: str, runtime: Runtime, file_format: Literal["hf", "gguf"] | None) -> Found:

@@ -44,6 +44,18 @@ def test_models_pull_prints_where_each_lies(calpaca, smollm2_gguf, e5) -> None:
     assert second == e5
 
 
+def test_models_show_describes_a_model(calpaca, smollm2) -> None:
+    card = calpaca("models", "show", str(smollm2), "--json").json
+    assert card["architecture"] == "LlamaForCausalLM"
+    assert card["parameters"] == 134_515_008
+    assert card["context_length"] == 8192
+    assert card["path"] == str(smollm2)
+    shown = calpaca("models", "show", "smollm2-135m-instruct").out
+    assert "Apache-2.0" in shown
+    assert "gguf" in shown
+    assert card["fingerprint"] not in shown  # the GGUF file is another content
+
+
 def test_plugins_shows_name_version_distribution_state_and_hooks(calpaca, shouting) -> None:
     rows = {row["name"]: row for row in calpaca("plugins", "--json").json}
     assert rows["shouting"]["distribution"] == "calpaca-shouting"
