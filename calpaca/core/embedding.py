@@ -57,15 +57,18 @@ class SentenceTransformerEmbedder:
             import sentence_transformers
         except ModuleNotFoundError as error:
             raise MissingExtraError("An embedding model", "torch", error.name or "sentence_transformers") from error
+        from calpaca.core.weights import quiet_transformers
+
         self.name = name
         self.path = path
         try:
-            self._model: Any = sentence_transformers.SentenceTransformer(
-                str(path),
-                device=None if device == "auto" else device,
-                local_files_only=True,
-                model_kwargs={"dtype": "float32"},
-            )
+            with quiet_transformers():
+                self._model: Any = sentence_transformers.SentenceTransformer(
+                    str(path),
+                    device=None if device == "auto" else device,
+                    local_files_only=True,
+                    model_kwargs={"dtype": "float32"},
+                )
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(
                 f"{path} is no sentence-transformers model: {error}.", "Name a folder or id of one with --embedding."

@@ -1,0 +1,67 @@
+"""How well retrieval_qa tells questions that the documents answer from those they do not.
+
+    python bench/evidence.py [../shared/data]
+
+For each XQuAD question (English and Chinese) the paragraphs of its own article hold the answer; those of another article,
+and those of all others together, do not. Prints, on the half of the articles that no threshold was chosen on, the share
+of questions that are refused wrongly and rightly, with the default embedder's rule and with the words alone.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+from calpaca_retrieval_qa.evidence import E5_RULE, EvidenceRule
+from langchain_core.documents import Document
+
+from calpaca import runtime
+from calpaca.core.events import Source
+from calpaca.documents.splitter import SentenceSplitter
+
+K = 4
+
+
+def main(folder: Path) -> None:
+    embedder = runtime().embedder(E5_RULE.embedder)
+    texts = {language: load(folder, language) for language in ("en", "zh")}
+    print(f"{'questions':<12} {'documents':<14} {'rule':<14} refused")
+    for language, other in (("en", "en"), ("zh", "zh"), ("en", "zh"), ("zh", "en")):
+        measure(embedder, texts[language], texts[other], f"{language} on {other}")
+
+
+def load(folder: Path, language: str) -> list[dict]:
+    return json.loads((folder / f"xquad_{language}_first24.json").read_text(encoding="utf-8"))["data"]
+
+
+def measure(embedder, asked: list[dict], read: list[dict], label: str) -> None:
+    splitter = SentenceSplitter(embedder.count_tokens)
+    chunks = [
+        (number, chunk.page_content)
+        for number, article in enumerate(read)
+        for chunk in splitter.split_documents(Document(p["context"]) for p in article["paragraphs"])
+    ]
+    owner = np.array([number for number, _ in chunks])
+    vectors = embedder.embed_documents([text for _, text in chunks])
+    pick = random.Random(0)
+    refused: dict[tuple[str, str], list[bool]] = {}
+    for number, article in list(enumerate(asked))[len(asked) // 2 :]:
+        for question in (qa["question"] for p in article["paragraphs"] for qa in p["qas"]):
+            scores = vectors @ embedder.embed_query(question)
+            another = pick.choice([n for n in range(len(read)) if n != number])
+            places = {"its own": owner == number, "another": owner == another, "all others": owner != number}
+            for name, mask in places.items():
+                best = np.flatnonzero(mask)[np.argsort(-scores[mask])[:K]]
+                passages = [Source("", chunks[i][1], score=float(scores[i])) for i in best]
+                for rule_name, rule in (("score + words", E5_RULE), ("words", EvidenceRule())):
+                    verdict = rule.judge(question, passages)
+                    refused.setdefault((name, rule_name), []).append(not verdict.supported)
+    for (name, rule_name), values in sorted(refused.items(), key=lambda item: item[0][1]):
+        print(f"{label:<12} {name:<14} {rule_name:<14} {np.mean(values):.3f}  of {len(values)}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "../shared/data"))

@@ -1,0 +1,58 @@
+"""The app `retrieval_qa`: an index kept up to date, and answers from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from calpaca.core.events import Event
+from calpaca.core.jobs import Job
+from calpaca.core.runtime import Runtime
+from calpaca.documents.index import DocumentIndex
+
+from calpaca_retrieval_qa.answerer import RetrievalQA
+from calpaca_retrieval_qa.evidence import rule_for
+from calpaca_retrieval_qa.indexing import start_job
+from calpaca_retrieval_qa.options import RetrievalQAOptions
+
+__all__ = ["RetrievalQA", "build"]
+
+
+def build(options: RetrievalQAOptions, runtime: Runtime) -> RetrievalQA:
+    """An answerer for the documents and model that the options name. Indexing waits for the first question.
+
+    Raises UsageError for wrong options, DocumentError for a missing document, ModelError when a model cannot be had.
+    """
+    from calpaca.core.langchain import ChatCalpaca
+
+    search = options.chosen_search()
+    sampling = options.sampling(runtime.settings)
+    index = options.index(runtime, options.embedding)
+    model = runtime.model(options.spec())
+    llm = ChatCalpaca.from_model(model, sampling)
+    return RetrievalQA(
+        llm,
+        index.store,
+        strategy=options.strategy,
+        search=search,
+        prompt_file=options.prompt_file,
+        evidence=rule_for(index.embedder.name),
+        prepare=partial(_sync_once, index, partial(start_job, options, runtime), []),
+        max_new_tokens=sampling.max_new_tokens,
+        model_name=model.name,
+        languages=languages_of(model.name),
+    )
+
+
+def _sync_once(index: DocumentIndex, start: partial[Job], done: list[bool]) -> Iterator[Event]:
+    """Bring the index up to date before the first question."""
+    if not done:
+        yield from index.sync(start)
+        done.append(True)
+
+
+def languages_of(model: str) -> str:
+    """What the catalogue says about a model's languages; empty for one that it does not know."""
+    from calpaca.core.catalogue import ENTRIES
+
+    return ENTRIES[model].languages if model in ENTRIES else ""

@@ -1,0 +1,113 @@
+"""Whether passages can hold the answer to a question at all, before a model is asked.
+
+Two signs are used. *Overlap*: the share of the question's content words (English: their first five letters; Chinese:
+pairs of characters) that stand in one passage. *Score*: the cosine similarity that the embedder gives, whose scale
+differs between embedders, so that a threshold is known for the catalogue's default only. Measured on XQuAD (24 articles,
+632 questions in each language; thresholds chosen on half of the articles, rates from the other half) in
+`bench/evidence.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from calpaca.core.events import Source
+
+from calpaca_retrieval_qa.prompts import Language, language_of
+
+_LEAST_OVERLAP = 0.25
+_OVERLAP_WEIGHT = 0.1
+_STEM = 5
+
+_WORD = re.compile(r"[^\W_\u3400-\u9fff]+")
+_HAN = re.compile(r"[\u3400-\u9fff]+")
+_STOP = frozenset(
+    [
+        *("what", "which", "who", "whom", "whose", "when", "where", "why", "how", "did", "does", "do", "is", "are"),
+        *("was", "were", "be", "been", "being", "has", "have", "had", "can", "could", "will", "would", "should", "may"),
+        *("the", "a", "an", "of", "in", "on", "at", "to", "for", "from", "by", "with", "and", "or", "not", "no", "as"),
+        *("that", "this", "these", "those", "it", "its", "there", "than", "their", "they", "he", "she", "his", "her"),
+        *("you", "your", "we", "our", "i", "my", "me", "about", "into", "after", "before", "during", "between", "some"),
+        *("other", "most", "more", "also", "many", "much", "name", "one", "any", "please", "tell", "say", "says"),
+    ]
+)
+_HAN_STOP = re.compile(
+    "[的了是在有和与及哪什么谁怎样如何多少几为吗呢些个位里时候名字叫做它他她们这那被把由对于之其中从到请问]"
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the passages support an answer; `remark` is a line for the user about how that was judged."""
+
+    supported: bool
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class EvidenceRule:
+    """When passages count as support.
+
+    `least` is, by language of the question, the least `score + 0.1 * overlap`; empty for an embedder whose scores are
+    not known, then a quarter of the question's words must stand in a passage.
+    """
+
+    least: Mapping[Language, float] | None = None
+    least_across: float = 0.0
+    embedder: str = ""
+
+    def judge(self, question: str, passages: Sequence[Source]) -> Verdict:
+        """A question without content words, or in another language than the passages, is judged by its score alone."""
+        if not passages:
+            return Verdict(False)
+        shares = [overlap(question, passage.text) for passage in passages]
+        best = max((passage.score for passage in passages if passage.score is not None), default=None)
+        comparable = None not in shares and _same_script(question, passages)
+        highest = max((share for share in shares if share is not None), default=0.0)
+        if self.least is not None and best is not None:
+            if not comparable:
+                return Verdict(best >= self.least_across)
+            return Verdict(best + _OVERLAP_WEIGHT * highest >= self.least[language_of(question)])
+        return Verdict(not comparable or highest >= _LEAST_OVERLAP, self._remark())
+
+    def _remark(self) -> str:
+        if not self.embedder:
+            return ""
+        return (
+            f"The scores of the embedding model {self.embedder} are not calibrated: whether the documents answer the "
+            "question is judged by its words alone."
+        )
+
+
+E5_RULE = EvidenceRule(least={"en": 0.866, "zh": 0.902}, least_across=0.735, embedder="multilingual-e5-small")
+
+
+def rule_for(embedder: str) -> EvidenceRule:
+    """The rule for an embedding model by its name in the catalogue."""
+    return E5_RULE if embedder == E5_RULE.embedder else EvidenceRule(embedder=embedder)
+
+
+def overlap(question: str, text: str) -> float | None:
+    """Share of the question's content words that stand in a text; None for a question without any."""
+    wanted = content_words(question)
+    if not wanted:
+        return None
+    present = {word.lower()[:_STEM] for word in _WORD.findall(text)}
+    return sum(word in present or (_HAN.match(word) is not None and word in text) for word in wanted) / len(wanted)
+
+
+def content_words(question: str) -> set[str]:
+    """Beginnings of the words that say what a question is about, and pairs of Chinese characters."""
+    words = [word.lower() for word in _WORD.findall(question)]
+    found = {word[:_STEM] for word in words if word not in _STOP and len(word) > 1}
+    for run in _HAN.findall(question):
+        for part in _HAN_STOP.split(run):
+            found |= {part[start : start + 2] for start in range(max(1, len(part) - 1)) if part}
+    return found
+
+
+def _same_script(question: str, passages: Sequence[Source]) -> bool:
+    """Whether question and passages are both Chinese, or both not."""
+    return language_of(question) == language_of("\n".join(passage.text for passage in passages))

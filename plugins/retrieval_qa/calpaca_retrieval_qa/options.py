@@ -1,0 +1,71 @@
+"""What `calpaca run retrieval_qa` and `calpaca run retrieval_index` can be told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from calpaca.core.errors import UsageError
+from calpaca.core.runtime import Runtime
+from calpaca.documents.index import DocumentIndex
+from calpaca.documents.loaders import find_files
+from calpaca.documents.retrieval import Search
+from calpaca.plugins.options import Flag, ModelOptions, SamplingOptions
+from pydantic import BaseModel, Field
+
+
+class IndexOptions(BaseModel):
+    """Which documents, and how they are cut and kept."""
+
+    files: Annotated[list[Path], Flag("file")] = Field(
+        [], description="Text or Markdown file, or a folder of them; repeat for several."
+    )
+    chunk_size: int = Field(96, description="Longest chunk, in tokens of the embedding model.")
+    chunk_overlap: int = Field(
+        16, description="Tokens that a chunk repeats from the one before it, in whole sentences."
+    )
+    store: str = Field("faiss", description="Vector store: faiss or chroma.")
+
+    def index(self, runtime: Runtime, embedding: str | None) -> DocumentIndex:
+        """The index of these documents, as it lies on disk. Raises UsageError without documents."""
+        if not self.files:
+            raise UsageError("No document is named.", "Name a file or folder with --file.")
+        find_files(self.files, runtime.loaders)  # a missing one is said before a model is loaded
+        return DocumentIndex(
+            self.files,
+            runtime.embedder(embedding),
+            runtime.loaders,
+            runtime.stores.get(self.store),
+            chunk_size=self.chunk_size,
+            chunk_overlap=self.chunk_overlap,
+        )
+
+    def job_parameters(self, embedding: str | None) -> dict[str, Any]:
+        """These options as the ledger keeps them: from any folder they start the same job again."""
+        named = {"embedding": embedding} if embedding else {}
+        chosen = self.model_dump(mode="json", include=set(IndexOptions.model_fields) - {"files"})
+        return {"files": [str(path.expanduser().resolve()) for path in self.files], **chosen, **named}
+
+
+class RetrievalIndexOptions(IndexOptions, ModelOptions):
+    """Options of the job that builds an index. Of the model options it uses `--embedding` alone."""
+
+
+class RetrievalQAOptions(IndexOptions, ModelOptions, SamplingOptions):
+    """Options of the question answerer."""
+
+    question: str | None = Field(None, description="What to ask; without it questions are read line by line.")
+    strategy: Literal["stuff", "refine"] = Field(
+        "stuff", description="stuff: one prompt with all passages; refine: an answer improved passage by passage."
+    )
+    k: int = Field(4, description="Chunks that are looked up.")
+    search: Literal["similarity", "mmr"] = Field(
+        "similarity", description="similarity, or mmr (maximal marginal relevance) for passages that differ."
+    )
+    fetch_k: int = Field(20, description="Chunks that mmr chooses from.")
+    mmr_lambda: float = Field(0.5, description="mmr: 1 is plain similarity, 0 the most different passages.")
+    prompt_file: Path | None = Field(None, description="TOML file with prompts of your own.")
+
+    def chosen_search(self) -> Search:
+        """Raises UsageError for a number out of range."""
+        return Search(self.k, self.search, self.fetch_k, self.mmr_lambda)

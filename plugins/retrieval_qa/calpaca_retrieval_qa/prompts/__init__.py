@@ -1,0 +1,116 @@
+"""Prompts for each language, read from the TOML files beside this one or from the user's."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from calpaca.core.errors import UsageError, unknown_name
+from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
+
+Language = Literal["en", "zh"]
+
+_CJK = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
+_LETTER = re.compile(r"[^\W\d_]")
+_VARIABLES: Mapping[tuple[str, str], frozenset[str]] = {
+    ("passage", "format"): frozenset({"number", "text"}),
+    ("passage", "separator"): frozenset(),
+    ("stuff", "system"): frozenset(),
+    ("stuff", "prompt"): frozenset({"context", "question"}),
+    ("refine", "system"): frozenset(),
+    ("refine", "question"): frozenset({"context_str", "question"}),
+    ("refine", "refine"): frozenset({"context_str", "question", "existing_answer"}),
+    ("messages", "nothing_found"): frozenset(),
+}
+_OPTIONAL = {"number"}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the model is shown and the user is told, in one language."""
+
+    stuff: ChatPromptTemplate
+    refine_question: ChatPromptTemplate
+    refine: ChatPromptTemplate
+    passage: PromptTemplate
+    separator: str
+    nothing_found: str
+
+
+def language_of(question: str) -> Language:
+    """Chinese when a fifth of the letters is Chinese: names often stay in Latin script."""
+    letters = len(_LETTER.findall(question))
+    return "zh" if letters and len(_CJK.findall(question)) / letters >= 0.2 else "en"
+
+
+def load_prompts(language: Language, own: Path | None = None) -> Prompts:
+    """The prompts of a language, with those of the user's file in place of ours.
+
+    Raises UsageError when that file cannot be read, has an unknown key or lacks a variable.
+    """
+    texts = {section: dict(values) for section, values in _shipped(language).items()}
+    if own is not None:
+        for (section, key), text in _own(own).items():
+            texts[section][key] = text
+    return Prompts(
+        stuff=_chat(texts["stuff"]["system"], texts["stuff"]["prompt"]),
+        refine_question=_chat(texts["refine"]["system"], texts["refine"]["question"]),
+        refine=_chat(texts["refine"]["system"], texts["refine"]["refine"]),
+        passage=PromptTemplate.from_template(texts["passage"]["format"]),
+        separator=texts["passage"]["separator"],
+        nothing_found=texts["messages"]["nothing_found"],
+    )
+
+
+@cache
+def _shipped(language: Language) -> dict[str, dict[str, str]]:
+    return tomllib.loads(files(__package__).joinpath(f"{language}.toml").read_text(encoding="utf-8"))
+
+
+def _own(path: Path) -> dict[tuple[str, str], str]:
+    try:
+        sections: dict[str, Any] = tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The prompt file {path} cannot be read: {error}.", "It must be TOML in UTF-8.") from error
+    given = {
+        (section, key): text
+        for section, values in sections.items()
+        for key, text in (values.items() if isinstance(values, dict) else [("", values)])
+    }
+    for name, text in given.items():
+        _check(path, name, text)
+    return given
+
+
+def _check(path: Path, name: tuple[str, str], text: Any) -> None:
+    """Raises UsageError unless the text fits its place."""
+    label = ".".join(part for part in name if part)
+    if name not in _VARIABLES:
+        known = [".".join(pair) for pair in _VARIABLES]
+        message, hint = unknown_name("prompt", label, known)
+        raise UsageError(f"{path}: {message}", hint)
+    if not isinstance(text, str):
+        raise UsageError(f"{path}: {label} is {text!r}.", "It must be a text.")
+    try:
+        used = set(PromptTemplate.from_template(text).input_variables)
+    except ValueError as error:
+        raise UsageError(f"{path}: {label} is no template: {error}.", "Write {{ and }} for braces.") from error
+    if name[0] == "messages" or name[1] == "separator":
+        return
+    wrong = (used - _VARIABLES[name]) | (_VARIABLES[name] - _OPTIONAL - used)
+    if wrong:
+        wanted = ", ".join("{" + variable + "}" for variable in sorted(_VARIABLES[name])) or "none"
+        found = ", ".join("{" + variable + "}" for variable in sorted(used)) or "none"
+        raise UsageError(f"{path}: {label} has the variables {found}.", f"It takes {wanted}.")
+
+
+def _chat(system: str, prompt: str) -> ChatPromptTemplate:
+    """A system message, where there is one, and the user's."""
+    messages = [("human", prompt.strip())]
+    return ChatPromptTemplate.from_messages([("system", system.strip()), *messages] if system.strip() else messages)
