@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from calpaca_retrieval_qa.evidence import E5_RULE, EvidenceRule
 from langchain_core.documents import Document
 
 from calpaca import runtime
 from calpaca.core.events import Source
 from calpaca.documents.splitter import SentenceSplitter
+from calpaca_retrieval_qa.evidence import E5_RULE, EvidenceRule
 
 K = 4
 

@@ -24,7 +24,9 @@ from calpaca import runtime
 from calpaca.core.engine import Request, Sampling
 from calpaca.core.spec import ModelSpec
 
-PROMPTS = [f"Here is a long list of {count} animals that live in the mountains: " * (1 + count % 4) for count in range(8)]
+PROMPTS = [
+    f"Here is a long list of {count} animals that live in the mountains: " * (1 + count % 4) for count in range(8)
+]
 
 
 class FirstToken(TextStreamer):

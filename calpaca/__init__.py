@@ -1,9 +1,9 @@
 """calpaca turns local LLaMA-family weights into applications.
 
-    from calpaca import ChatCalpaca
+from calpaca import ChatCalpaca
 
-    llm = ChatCalpaca(model="smollm2-135m-instruct")
-    print(llm.invoke("What is a llama?").content)
+llm = ChatCalpaca(model="smollm2-135m-instruct")
+print(llm.invoke("What is a llama?").content)
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ _EXPORTS = {
     "runtime": "calpaca.plugins.wiring",
 }
 
-__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604  # the names are those of the table above
+__all__ = [
+    "App",
+    "CalpacaEmbeddings",
+    "CalpacaError",
+    "CalpacaLLM",
+    "ChatCalpaca",
+    "ModelSpec",
+    "__version__",
+    "hookimpl",
+    "runtime",
+]
 
 if TYPE_CHECKING:
     from calpaca.core.errors import CalpacaError

@@ -192,15 +192,19 @@ class Handle:
         position = 0
         try:
             while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._has(position))
-                    chunk = self._take(position)
+                chunk = self._wait_for(position)
                 if chunk is None:
                     return
                 position += 1
                 yield chunk
         finally:
             self.cancel()
+
+    def _wait_for(self, position: int) -> Chunk | None:
+        """The chunk at a position once it is there; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._has(position))
+            return self._take(position)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         position = 0

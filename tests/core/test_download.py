@@ -129,7 +129,7 @@ def test_a_really_full_disk(web, tmp_path: Path, own_cache: Path) -> None:
         f"download({web.url + '/model.bin'!r}, Path({str(small)!r}) / 'model.bin', sha256={DIGEST!r})"
     )
     command = f'mount -t tmpfs -o size=1m none {small} && exec {sys.executable} -c "$CODE"'
-    done = subprocess.run(
+    done = subprocess.run(  # the caller looks at the exit code
         ["unshare", "--mount", "sh", "-c", command],
         env={**os.environ, "CODE": code},
         capture_output=True,

@@ -44,5 +44,5 @@ def test_binary_data_is_refused(data: bytes) -> None:
 
 
 def test_a_truncated_utf_16_file_is_refused() -> None:
-    with pytest.raises(DocumentError, match="encoding of x.txt is unknown"):
+    with pytest.raises(DocumentError, match=r"encoding of x\.txt is unknown"):
         decode("text".encode("utf-16")[:-1], "x.txt")

@@ -1,5 +1,6 @@
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,7 @@ def test_markdown_chunks_carry_their_heading_path() -> None:
 def test_overlap_repeats_whole_sentences_of_running_text() -> None:
     text = " ".join(f"This is sentence number {i}." for i in range(40))
     chunks = split(text, 30, 8)
-    for before, after in zip(chunks, chunks[1:], strict=False):
+    for before, after in pairwise(chunks):
         shared = text[after.metadata["start"] : before.metadata["end"]]
         assert re.fullmatch(r"This is sentence number \d+\.", shared)
 

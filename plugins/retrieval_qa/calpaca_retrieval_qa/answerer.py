@@ -8,10 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from calpaca.core.engine import Usage
-from calpaca.core.errors import UsageError
-from calpaca.core.events import Event, Notice, Result, Source, Step, Token, UsageReport
-from calpaca.documents.retrieval import Search, retrieve
 from langchain_core.callbacks import CallbackManagerForChainRun
 from langchain_core.language_models import BaseLanguageModel
 from langchain_core.prompts import PromptTemplate
@@ -20,6 +16,10 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import patch_config, run_in_executor
 from langchain_core.vectorstores import VectorStore
 
+from calpaca.core.engine import Usage
+from calpaca.core.errors import UsageError
+from calpaca.core.events import Event, Notice, Result, Source, Step, Token, UsageReport
+from calpaca.documents.retrieval import Search, retrieve
 from calpaca_retrieval_qa.budget import chain_inputs, fit
 from calpaca_retrieval_qa.chains import DocumentChain, Piece, RefineChain, StuffChain
 from calpaca_retrieval_qa.evidence import EvidenceRule
@@ -38,7 +38,7 @@ class _Answer:
     texts: list[str] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     timings: dict[str, float] = field(default_factory=dict)
 
     def mark(self, name: str) -> None:
@@ -105,7 +105,8 @@ class RetrievalQA(Runnable[str, Any]):
 
     # Runnable ------------------------------------------------------------------------------------------------------
     def invoke(self, input: str, config: RunnableConfig | None = None, **_: Any) -> dict[str, Any]:
-        return self._call_with_config(self._last, input, config)
+        value: dict[str, Any] = self._call_with_config(self._last, input, config)
+        return value
 
     def stream(self, input: str, config: RunnableConfig | None = None, **_: Any) -> Iterator[Any]:
         """Events; the last one is a Result."""

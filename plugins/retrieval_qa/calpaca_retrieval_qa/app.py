@@ -9,7 +9,6 @@ from calpaca.core.events import Event
 from calpaca.core.jobs import Job
 from calpaca.core.runtime import Runtime
 from calpaca.documents.index import DocumentIndex
-
 from calpaca_retrieval_qa.answerer import RetrievalQA
 from calpaca_retrieval_qa.evidence import rule_for
 from calpaca_retrieval_qa.indexing import start_job

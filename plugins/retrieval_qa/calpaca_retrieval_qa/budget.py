@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from calpaca.core.events import Source
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseChatModel, BaseLanguageModel
 from langchain_core.prompt_values import PromptValue
 
+from calpaca.core.events import Source
 from calpaca_retrieval_qa.chains import DocumentChain, Inputs, RefineChain
 
 _ROOM = 256

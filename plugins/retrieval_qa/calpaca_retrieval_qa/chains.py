@@ -153,11 +153,15 @@ class StuffChain(DocumentChain):
         self.template = prompt
         self.document_separator = document_separator
 
-    def steps(self, documents: Sequence[Document]) -> int:
+    def steps(self, documents: Sequence[Document]) -> int:  # noqa: ARG002
         return 1
 
     def prompt(
-        self, step: int, documents: Sequence[Document], variables: Mapping[str, Any], answer: str
+        self,
+        step: int,
+        documents: Sequence[Document],
+        variables: Mapping[str, Any],
+        answer: str,  # noqa: ARG002
     ) -> PromptValue:
         texts = (format_document(document, self.document_prompt) for document in documents)
         context = self.document_separator.join(texts)

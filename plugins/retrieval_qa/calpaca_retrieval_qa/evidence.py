@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from calpaca.core.events import Source
-
 from calpaca_retrieval_qa.prompts import Language, language_of
 
 _LEAST_OVERLAP = 0.25

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from calpaca.core.events import Event, Result
 from calpaca.core.jobs import Job, JobRecord, id_of_job
 from calpaca.core.runtime import Runtime
-
 from calpaca_retrieval_qa.options import RetrievalIndexOptions, RetrievalQAOptions
 
 KIND = "retrieval_index"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, Field
+
 from calpaca.core.errors import UsageError
 from calpaca.core.runtime import Runtime
 from calpaca.documents.index import DocumentIndex
 from calpaca.documents.loaders import find_files
 from calpaca.documents.retrieval import Search
 from calpaca.plugins.options import Flag, ModelOptions, SamplingOptions
-from pydantic import BaseModel, Field
 
 
 class IndexOptions(BaseModel):

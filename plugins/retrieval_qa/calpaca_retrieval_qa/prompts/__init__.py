@@ -11,8 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from calpaca.core.errors import UsageError, unknown_name
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
+
+from calpaca.core.errors import UsageError, unknown_name
 
 Language = Literal["en", "zh"]
 
