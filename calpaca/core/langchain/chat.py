@@ -19,7 +19,6 @@ from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, Py
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableMap, RunnablePassthrough
-from langchain_core.runnables.config import get_config_list
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
@@ -30,7 +29,7 @@ from calpaca.core.catalogue import ENTRIES
 from calpaca.core.engine import Chunk, Grammar, Handle
 from calpaca.core.errors import UsageError, unknown_name
 from calpaca.core.langchain.messages import AnswerReader, plain_messages
-from calpaca.core.langchain.parameters import Call, ModelParameters, answering, awhole, whole
+from calpaca.core.langchain.parameters import Call, ModelParameters, all_at_once, answering, awhole, whole
 from calpaca.core.model import Model
 from calpaca.core.tools import CallReader, answer_grammar, describe_format, read_choice
 
@@ -40,7 +39,6 @@ Method = Literal["json_schema", "function_calling", "json_mode"]
 CHAT_ARGUMENTS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "response_format"})
 _CORE_ARGUMENTS = frozenset({"stream", "ls_structured_output_format", "structured_output_format"})
 """Arguments that langchain_core reads itself and passes on."""
-_THREADS = 256
 
 
 class ChatCalpaca(ModelParameters, BaseChatModel):
@@ -100,6 +98,14 @@ class ChatCalpaca(ModelParameters, BaseChatModel):
         if name in ENTRIES:
             return ENTRIES[name].context_length
         return configured_context_length(name) if name is not None else None
+
+    def _load(self, name: str | None = None) -> Model:
+        """The model; once it is loaded, its context length is known to the profile."""
+        model = super()._load(name)
+        if self.profile is not None and name in (None, self.model):
+            self.profile.setdefault("max_input_tokens", model.context_length)
+            self.profile.setdefault("max_output_tokens", model.context_length)
+        return model
 
     # Tokens --------------------------------------------------------------------------------------------------------
     def get_token_ids(self, text: str) -> list[int]:
@@ -193,12 +199,10 @@ class ChatCalpaca(ModelParameters, BaseChatModel):
         **kwargs: Any,
     ) -> list[AIMessage]:
         """Ask all at once, so that they share the engine's forward passes; `max_concurrency` limits that."""
-        configs = get_config_list(config, len(inputs))
-        for each in configs:
-            each["max_concurrency"] = each.get("max_concurrency") or min(len(inputs), _THREADS)
-        if len(inputs) > 1:
-            self._load(kwargs.get("model"))  # once, before the threads wait for it
-        return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
+        if not inputs:
+            return []
+        self._load(kwargs.get("model"))  # once, before the threads wait for it
+        return super().batch(inputs, all_at_once(config, len(inputs)), return_exceptions=return_exceptions, **kwargs)
 
     async def ainvoke(
         self,

@@ -21,6 +21,7 @@ from calpaca.core.langchain.parameters import (
     CALL_ARGUMENTS,
     Call,
     ModelParameters,
+    all_at_once,
     answering,
     awhole,
     end_info,
@@ -209,7 +210,7 @@ class CalpacaLLM(ModelParameters, BaseLLM):
     ) -> list[str]:
         """Ask all at once; with `return_exceptions`, one that fails does not take the others with it."""
         if return_exceptions:
-            return Runnable.batch(self, inputs, config, return_exceptions=True, **kwargs)
+            return Runnable.batch(self, inputs, all_at_once(config, len(inputs)), return_exceptions=True, **kwargs)
         return super().batch(inputs, config, **kwargs)
 
     async def abatch(

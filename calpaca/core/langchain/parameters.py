@@ -11,6 +11,8 @@ from importlib import import_module
 from typing import Any, Self
 
 from langchain_core.language_models.base import LangSmithParams
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import get_config_list
 from langchain_core.utils import secret_from_env
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
@@ -26,6 +28,7 @@ CALL_ARGUMENTS = frozenset(
     {*SAMPLING_FIELDS, "model", "max_tokens", "max_new_tokens", "logprobs", "top_logprobs", "timeout", "grammar"}
 )
 """Constructor arguments that a single call may override, and the grammar of its answer."""
+_THREADS = 256
 _ALIASES = ("model_name", "max_new_tokens")
 
 
@@ -248,6 +251,14 @@ class _LoadedModel:
                 "Construct it with a model's name instead of from_model.",
             )
         return self.only
+
+
+def all_at_once(config: RunnableConfig | list[RunnableConfig] | None, inputs: int) -> list[RunnableConfig]:
+    """A config per input, under which the threads of a batch ask together unless `max_concurrency` limits them."""
+    configs = get_config_list(config, inputs)
+    for each in configs:
+        each["max_concurrency"] = each.get("max_concurrency") or min(inputs, _THREADS)
+    return configs
 
 
 @contextmanager
