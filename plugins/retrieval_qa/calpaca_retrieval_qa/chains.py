@@ -158,7 +158,7 @@ class StuffChain(DocumentChain):
 
     def prompt(
         self,
-        step: int,
+        step: int,  # noqa: ARG002  # there is only one  # noqa: ARG002
         documents: Sequence[Document],
         variables: Mapping[str, Any],
         answer: str,  # noqa: ARG002
