@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml)
-QUESTION ?= How long does a night watch last, and who may swap one?
+QUESTION ?= When was the present dome opened?
 
 # The first Python that is new enough; `make PYTHON=… setup` chooses another.
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \

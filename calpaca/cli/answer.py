@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -15,14 +17,25 @@ class AnswerPrinter:
     """Prints events as they come.
 
     The text of the last step is the answer and goes to `out`; that of earlier steps goes to `err` when it is a
-    terminal or `verbose` is set. With `as_json` only the result's value goes to `out`, as one object.
+    terminal or `verbose` is set. With `as_json` only the result's value goes to `out`, as one object, indented by
+    `indent` or on one line.
     """
 
-    def __init__(self, out: TextIO, err: TextIO, *, answer: str, as_json: bool = False, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        out: TextIO,
+        err: TextIO,
+        *,
+        answer: str,
+        as_json: bool = False,
+        indent: int | None = 2,
+        verbose: bool = False,
+    ) -> None:
         self.out = out
         self.err = err
         self.answer = answer
         self.as_json = as_json
+        self.indent = indent
         self.show_steps = verbose or err.isatty()
         self.verbose = verbose
         self._is_last_step = True
@@ -77,7 +90,7 @@ class AnswerPrinter:
     def _result(self, result: Result) -> None:
         self._end_bar()
         if self.as_json:
-            self._write(self.out, json.dumps(result.value, ensure_ascii=False, indent=2, default=str) + "\n")
+            self._write(self.out, json.dumps(result.value, ensure_ascii=False, indent=self.indent, default=str) + "\n")
             return
         text = "" if self._answered else str(result.value.get(self.answer, ""))
         self._write(self.out, f"{text}\n")
@@ -85,7 +98,7 @@ class AnswerPrinter:
             self._write(self.out, "\nSources\n" + "".join(self._source(*pair) for pair in enumerate(self._sources, 1)))
 
     def _source(self, number: int, source: Source) -> str:
-        place = source.source
+        place = _near(source.source)
         if source.page is not None:
             place += f", page {source.page}"
         if source.start is not None:
@@ -120,3 +133,9 @@ class AnswerPrinter:
     def _write(stream: TextIO, text: str) -> None:
         stream.write(text)
         stream.flush()
+
+
+def _near(path: str) -> str:
+    """A path as it is called from the current folder, where it lies below it."""
+    here = f"{Path.cwd()}{os.sep}"
+    return path.removeprefix(here)

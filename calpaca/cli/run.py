@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -14,8 +15,6 @@ import click
 from calpaca.core.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from calpaca.cli.answer import AnswerPrinter
     from calpaca.core.jobs import JobRecord
     from calpaca.core.runtime import Runtime
@@ -173,16 +172,18 @@ def _run(instance: Instance, typed: Mapping[str, Any], *, as_json: bool, verbose
     options = read_options(app.load_options(), {**instance.presets, **typed}, instance.name)
     with _answers_only() as out:
         runner = app.build(options, runtime)
-
-        def printer() -> AnswerPrinter:
-            return AnswerPrinter(out, sys.stderr, answer=app.answer, as_json=as_json, verbose=verbose)
-
+        given = getattr(options, app.input) if app.input else ""
+        printer = partial(
+            AnswerPrinter, out, sys.stderr, answer=app.answer, as_json=as_json,
+            indent=2 if given is not None else None, verbose=verbose,
+        )  # fmt: skip
         if app.kind == "job":
             _run_job(runner, printer())
-        elif app.input is None:
-            printer().show(runner.stream(""))
+        elif given is not None:
+            printer().show(runner.stream(str(given)))
         else:
-            for text in _inputs(app.input, options):
+            for number, text in enumerate(_asked_for(str(app.input))):
+                out.write("\n" if number and not as_json else "")
                 printer().show(runner.stream(text))
 
 
@@ -194,16 +195,12 @@ def _answers_only() -> Iterator[TextIO]:
         yield out
 
 
-def _inputs(field: str, options: BaseModel) -> Iterator[str]:
-    """The input option's value, or else the lines of stdin until a blank one."""
-    given = getattr(options, field)
-    if given is not None:
-        yield str(given)
-        return
+def _asked_for(what: str) -> Iterator[str]:
+    """The lines of stdin until a blank one; on a terminal with a prompt."""
     asks = sys.stdin.isatty()
     while True:
         if asks:
-            click.echo(f"{field}> ", nl=False, err=True)
+            click.echo(f"{what}> ", nl=False, err=True)
         line = sys.stdin.readline().strip()
         if not line:
             return

@@ -45,6 +45,14 @@ def test_the_last_steps_text_and_the_sources_go_to_stdout() -> None:
     assert err == ""
 
 
+def test_a_source_below_the_current_folder_is_called_from_there(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    out, _ = show([Source(str(tmp_path / "a.md"), "x"), Result({"answer": "a"})])
+    assert "  [1] a.md\n" in out
+    out, _ = show([Source("/elsewhere/a.md", "x"), Result({"answer": "a"})])
+    assert "  [1] /elsewhere/a.md\n" in out
+
+
 def test_earlier_steps_are_shown_on_a_terminal_or_when_asked_for() -> None:
     _, err = show(REFINE, Terminal())
     assert "[step 1 of 2: answer]\ndraft\n[step 2 of 2: refine]\n" in err

@@ -198,7 +198,11 @@ def test_json_prints_one_object(calpaca, shouting) -> None:
 
 def test_without_its_input_an_app_answers_the_lines_of_a_pipe_until_a_blank_one(calpaca, shouting) -> None:
     result = calpaca("run", "shout", stdin="one\ntwo\n\nthree\n")
-    assert (result.out, result.err) == ("ONE\nTWO\n", "")
+    assert (result.out, result.err) == ("ONE\n\nTWO\n", "")
+
+
+def test_json_answers_to_a_pipe_are_one_object_a_line(calpaca, shouting) -> None:
+    assert calpaca("run", "shout", "--json", stdin="one\ntwo\n").out == '{"answer": "ONE"}\n{"answer": "TWO"}\n'
 
 
 def test_an_instance_of_the_settings_runs_with_its_options(calpaca, shouting, project_file) -> None:
