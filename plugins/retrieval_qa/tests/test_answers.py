@@ -1,0 +1,162 @@
+"""Real answers from real documents, and the prompts that the classic chains would send."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+from langchain_core.documents import Document
+from langchain_core.language_models import FakeListLLM
+from langchain_core.prompts import PromptTemplate
+
+from calpaca.core.errors import DocumentError
+from calpaca.core.events import Notice, Result, Source, Token
+from calpaca.core.runtime import Runtime
+from calpaca.core.settings import Settings
+from calpaca.plugins.wiring import build_runtime
+from calpaca_retrieval_qa.app import RetrievalQA, build
+from calpaca_retrieval_qa.chains import RefineChain, StuffChain
+from calpaca_retrieval_qa.options import RetrievalQAOptions
+
+HANDBOOK = Path(__file__).parents[3] / "examples" / "handbook.md"
+
+
+@pytest.fixture(scope="module")
+def real_runtime(smollm2: Path, e5: Path) -> Runtime:
+    with build_runtime(Settings()) as runtime:
+        yield runtime
+
+
+def ask(runtime: Runtime, question: str, **options: object) -> list:
+    given = {"files": [HANDBOOK], "model": "smollm2-135m-instruct", "device": "cpu", "max_new_tokens": 48, **options}
+    return list(build(RetrievalQAOptions(**given), runtime).stream(question))
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("How long does a night watch last, and who may swap one?", "five hours"),
+        ("Who is the treasurer?", "Lin Zhao"),
+        ("How much does the main telescope weigh?", "840"),
+        ("What is the diameter of the radio dish?", "3 met"),  # the model writes American English
+    ],
+)
+def test_the_default_model_answers_from_the_handbook(real_runtime: Runtime, question: str, answer: str) -> None:
+    events = ask(real_runtime, question)
+    value = events[-1].value
+    assert answer in value["answer"]
+    assert "".join(event.text for event in events if isinstance(event, Token)).strip() == value["answer"]
+    assert any(answer.split(maxsplit=1)[0] in source["text"] for source in value["sources"])
+    assert value["usage"]["total_tokens"] > 0
+
+
+def test_sources_stand_at_the_lines_they_name(real_runtime: Runtime) -> None:
+    lines = HANDBOOK.read_text(encoding="utf-8").splitlines()
+    sources = [event for event in ask(real_runtime, "Who is the treasurer?") if isinstance(event, Source)]
+    assert sources
+    for source in sources:
+        first = source.text.strip().splitlines()[0]
+        assert first in lines[source.start - 1]
+
+
+def test_refine_goes_over_every_passage_and_keeps_its_steps(real_runtime: Runtime) -> None:
+    value = ask(real_runtime, "Who is the treasurer?", strategy="refine", max_new_tokens=24)[-1].value
+    assert value["strategy"] == "refine"
+    assert len(value["intermediate_steps"]) == len(value["sources"]) == 4
+    assert value["answer"] == value["intermediate_steps"][-1].strip()
+
+
+def test_a_question_about_something_else_is_not_answered(real_runtime: Runtime) -> None:
+    value = ask(real_runtime, "What is the boiling point of mercury?")[-1].value
+    assert value["answer"] == "The documents say nothing about this."
+    assert value["sources"] == []
+
+
+def test_a_chinese_question_to_an_english_model_is_remarked(real_runtime: Runtime) -> None:
+    handbook = HANDBOOK.with_name("handbook.zh.md")
+    events = ask(real_runtime, "每次值夜持续多久？", files=[handbook], max_new_tokens=8)
+    assert any(isinstance(event, Notice) and "English only" in event.text for event in events)
+    assert isinstance(events[-1], Result)
+
+
+def test_a_second_run_embeds_nothing(real_runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(real_runtime, "Who is the treasurer?")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("embedded again")
+
+    monkeypatch.setattr(type(real_runtime.embedder()), "embed_documents", refuse)
+    assert "Lin Zhao" in ask(real_runtime, "Who is the treasurer?")[-1].value["answer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("missing.txt", None), ("empty.txt", b""), ("binary.txt", bytes(range(256)) * 8)]
+)
+def test_a_document_that_cannot_be_read_is_named(
+    real_runtime: Runtime, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DocumentError, match=name):
+        ask(real_runtime, "What?", files=[file])
+
+
+DOCUMENTS = [Document(f"Passage {number} about llamas.") for number in range(3)]
+
+
+class Recorder(FakeListLLM):
+    """Answers from a list and keeps the prompts."""
+
+    seen: list[str] = []  # noqa: RUF012  # a pydantic field
+
+    def _call(self, prompt: str, *args: object, **kwargs: object) -> str:
+        self.seen.append(prompt)
+        return super()._call(prompt, *args, **kwargs)
+
+
+def recorder() -> Recorder:
+    return Recorder(responses=["one", "two", "three"], seen=[])
+
+
+QUESTION = PromptTemplate.from_template("Context:\n{context_str}\nQuestion: {question}")
+REFINE = PromptTemplate.from_template("{question}\nSo far: {existing_answer}\nMore: {context_str}")
+STUFF = PromptTemplate.from_template("{context}\n{question}")
+
+
+def test_stuff_and_refine_send_the_prompts_of_the_classic_chains() -> None:
+    inputs = {"input_documents": DOCUMENTS, "question": "What is a llama?"}
+    ours, classic = recorder(), recorder()
+    StuffChain(ours, STUFF).invoke(inputs)
+    RefineChain(ours, QUESTION, REFINE).invoke(inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from langchain_classic.chains import LLMChain, RefineDocumentsChain, StuffDocumentsChain
+
+        StuffDocumentsChain(llm_chain=LLMChain(llm=classic, prompt=STUFF), document_variable_name="context").invoke(
+            inputs
+        )
+        RefineDocumentsChain(
+            initial_llm_chain=LLMChain(llm=classic, prompt=QUESTION),
+            refine_llm_chain=LLMChain(llm=classic, prompt=REFINE),
+            document_variable_name="context_str",
+            initial_response_name="existing_answer",
+        ).invoke(inputs)
+    assert len(ours.seen) == 4
+    assert ours.seen == classic.seen
+
+
+def test_any_langchain_model_and_retriever_can_be_handed_in(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from langchain_community.document_loaders import TextLoader
+    from langchain_core.embeddings import DeterministicFakeEmbedding
+    from langchain_core.vectorstores import InMemoryVectorStore
+
+    (tmp_path / "llamas.txt").write_text("Llamas eat grass in the mountains.", encoding="utf-8")
+    store = InMemoryVectorStore(DeterministicFakeEmbedding(size=8))
+    store.add_documents(TextLoader(str(tmp_path / "llamas.txt")).load())
+    value = RetrievalQA(recorder(), store).invoke("What do llamas eat in the mountains?")
+    assert value["answer"] == "one"
+    assert value["sources"][0]["text"].startswith("Llamas eat grass")
