@@ -91,9 +91,9 @@ class ModelScopeSource:
         return isinstance(origin, Repository) and HUB_ID.fullmatch(origin.id) is not None
 
     def cached(self, origin: Origin, revision: str | None) -> Path | None:
-        cache = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
-        if not cache.is_dir():
-            return None  # never used here, and importing its client takes more than a second
+        assert isinstance(origin, Repository)
+        if not _in_modelscope_cache(origin):
+            return None  # importing its client takes more than a second
         from modelscope_hub.errors import HubError
 
         try:
@@ -134,6 +134,14 @@ class ModelScopeSource:
             if is_whole(Path(folder)):
                 return Path(folder)
         return None
+
+
+def _in_modelscope_cache(repository: Repository) -> bool:
+    """Whether the owner has anything in ModelScope's cache, in today's layout or an older one."""
+    cache = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
+    owner = repository.id.partition("/")[0]
+    places = (cache / "models", cache / "hub", cache / "hub" / "models")
+    return any(path for place in places for path in place.glob(f"{owner}*"))
 
 
 def is_whole(folder: Path) -> bool:
