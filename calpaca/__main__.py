@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
+from calpaca.cli.main import start
 
-from calpaca.cli.main import main
-
-sys.exit(main())
+start()

@@ -15,7 +15,7 @@ from importlib import import_module
 import click
 
 from calpaca import __version__
-from calpaca.cli.failure import report
+from calpaca.cli.failure import INTERRUPTED, report
 from calpaca.cli.group import Group
 
 COMMANDS = {
@@ -56,6 +56,20 @@ def program() -> None:
     Answers go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong use or settings, 3 model,
     4 plugin, 130 interrupted.
     """
+
+
+def start() -> None:
+    """What the command `calpaca` calls.
+
+    After Ctrl-C the process ends at once: tearing down an interpreter with torch in it takes longer than the second
+    that a person waits, and what had to be put away was put away while the exception went up.
+    """
+    code = main()
+    if code == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -197,14 +197,18 @@ def _answers_only() -> Iterator[TextIO]:
 
 def _asked_for(what: str) -> Iterator[str]:
     """The lines of stdin until a blank one; on a terminal with a prompt."""
+    if sys.stdin is None:  # closed, as under some schedulers
+        return
     asks = sys.stdin.isatty()
     while True:
         if asks:
             click.echo(f"{what}> ", nl=False, err=True)
         line = sys.stdin.readline().strip()
         if not line:
-            return
+            break
         yield line
+    if asks:
+        click.echo(err=True)
 
 
 def resume_job(record: JobRecord, runtime: Runtime, out: TextIO, *, as_json: bool) -> None:
