@@ -10,8 +10,9 @@ QUESTION ?= When was the present dome opened?
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 
-# uv where there is one, pip otherwise and in CI.
+# uv where there is one, pip otherwise and in CI. uv can pick the build of torch that suits the machine.
 UV := $(if $(CI),,$(shell command -v uv 2>/dev/null))
+TORCH_BACKEND ?= auto
 INSTALL := $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
 # Pins are for the CPU build: nobody with a GPU is forced onto it.
@@ -66,7 +67,7 @@ $(BIN)/python:
 # torch comes first and alone: resolved together with everything else, pip may choose the CUDA build of several GB.
 $(VENV)/.setup: $(PROJECTS) constraints.txt | $(BIN)/python
 	$(if $(UV),,$(INSTALL) --upgrade "pip>=25.1")
-	$(INSTALL) $(PINS) torch
+	$(INSTALL) $(PINS) $(if $(and $(UV),$(TORCH_BACKEND)),--torch-backend $(TORCH_BACKEND)) torch
 	$(INSTALL) $(PINS) -e ".[torch,chroma]" $(foreach plugin,$(PLUGINS),-e ./$(plugin))
 	@touch $@
 
