@@ -19,6 +19,7 @@ from calpaca.plugins.options import SHARED, ModelOptions, SamplingOptions, flag_
 RUN_FLAGS = {"json", "verbose", "help"}
 """Flags of `calpaca run` itself, which no option of an app may take."""
 
+_HEADINGS: dict[type[BaseModel], str] = {ModelOptions: "Model options", SamplingOptions: "Sampling options"}
 _SCALARS: dict[type, click.ParamType[Any]] = {
     str: click.STRING,
     int: click.INT,
@@ -37,7 +38,8 @@ def flags(app: str, model: type[BaseModel]) -> list[click.Option]:
     taken: dict[str, str] = {name: f"calpaca run itself (--{name})" for name in RUN_FLAGS}
     shared = {flag_name(owner, name): owner for owner in SHARED for name in owner.model_fields}
     made: list[click.Option] = []
-    for name in sorted(model.model_fields, key=lambda field: _owner(model, field) in SHARED):
+    headings = ("Options", *_HEADINGS.values())
+    for name in sorted(model.model_fields, key=lambda field: headings.index(group_of(model, field))):
         flag, owner = flag_name(model, name), _owner(model, name)
         if flag in shared and owner not in SHARED:
             taken[flag] = f"the shared option {shared[flag].__name__}.{flag.replace('-', '_')}"
@@ -65,8 +67,7 @@ def _owner(model: type[BaseModel], field: str) -> type[BaseModel]:
 
 def group_of(model: type[BaseModel], field: str) -> str:
     """The heading under which a field's flag is listed."""
-    titles: dict[type[BaseModel], str] = {ModelOptions: "Model options", SamplingOptions: "Sampling options"}
-    return titles.get(_owner(model, field), "Options")
+    return _HEADINGS.get(_owner(model, field), "Options")
 
 
 def _option(app: str, model: type[BaseModel], name: str) -> click.Option:
