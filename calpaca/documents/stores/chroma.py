@@ -73,7 +73,7 @@ class ChromaStore(Chroma):  # type: ignore[misc]  # untyped where the extra is n
         return [(document, 1.0 - distance) for document, distance in found]
 
     def _select_relevance_score_fn(self) -> Any:
-        return lambda similarity: (similarity + 1.0) / 2.0
+        return lambda similarity: min(1.0, max(0.0, (similarity + 1.0) / 2.0))  # float32 rounds past 1
 
 
 def _slices(length: int) -> Iterator[slice]:

@@ -172,7 +172,7 @@ class FaissStore(VectorStore):
             return self.get_by_ids([self._ids[positions[number]] for number in chosen])
 
     def _select_relevance_score_fn(self) -> Callable[[float], float]:
-        return lambda similarity: (similarity + 1.0) / 2.0
+        return lambda similarity: min(1.0, max(0.0, (similarity + 1.0) / 2.0))  # float32 rounds past 1
 
     def __len__(self) -> int:
         with self._transaction() as connection:
