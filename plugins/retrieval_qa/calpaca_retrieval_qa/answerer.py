@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from langchain_core.callbacks import CallbackManagerForChainRun
 from langchain_core.language_models import BaseLanguageModel
-from langchain_core.prompts import PromptTemplate
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import patch_config, run_in_executor
@@ -189,22 +188,20 @@ class RetrievalQA(Runnable[str, Any]):
             answer.usage += _usage(piece)
 
     def _chain(self, prompts: Prompts) -> DocumentChain:
-        passage = _document_prompt(prompts)
         if self.strategy == "stuff":
-            return StuffChain(self.llm, prompts.stuff, document_prompt=passage, document_separator=prompts.separator)
-        return RefineChain(self.llm, prompts.refine_question, prompts.refine, document_prompt=passage)
+            return StuffChain(
+                self.llm,
+                prompts.stuff,
+                document_prompt=prompts.stuff_passage,
+                document_separator=prompts.stuff_separator,
+            )
+        return RefineChain(self.llm, prompts.refine_question, prompts.refine, document_prompt=prompts.refine_passage)
 
 
 def place(passage: Source) -> str:
     """Where a passage stands, for people."""
     lines = f", lines {passage.start}-{passage.end}" if passage.start is not None else ""
     return f"{passage.source or 'a passage'}{lines}"
-
-
-def _document_prompt(prompts: Prompts) -> PromptTemplate:
-    """LangChain formats a document by its `page_content`; our files call that `text`."""
-    template = str(prompts.passage.template).replace("{text}", "{page_content}")
-    return PromptTemplate.from_template(template)
 
 
 def _step_name(strategy: Strategy, step: int) -> str:

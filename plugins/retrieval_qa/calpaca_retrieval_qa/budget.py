@@ -12,6 +12,7 @@ from langchain_core.prompt_values import PromptValue
 
 from calpaca.core.events import Source
 from calpaca_retrieval_qa.chains import DocumentChain, Inputs, RefineChain
+from calpaca_retrieval_qa.excerpt import excerpt
 
 _ROOM = 256
 """Tokens kept for an answer whose length is not given."""
@@ -26,29 +27,24 @@ class Fitting:
 
 
 def fit(chain: DocumentChain, question: str, passages: Sequence[Source], max_new_tokens: int | None) -> Fitting:
-    """Drop passages, the worst first, until every prompt of the chain leaves room for its answer.
+    """Keep passages, the best first, as long as every prompt of the chain leaves room for its answer.
 
-    The best passage stays: when even that is too long, the model's own error says by how much. A model that does not
-    tell its context length gets everything.
+    When not one fits, the best is kept, so that the model's own error says by how much it is too long. A model that
+    does not tell its context length gets everything.
     """
     limit = context_length(chain.llm)
     if limit is None:
         return Fitting(list(passages), [])
-    room = limit - (max_new_tokens or _ROOM)
-    if isinstance(chain, RefineChain):
-        return _fit_each(chain, question, passages, room - (max_new_tokens or _ROOM))
-    count = len(passages)
-    while count > 1 and _tokens(chain, 1, question, passages[:count]) > room:
-        count -= 1
-    return Fitting(list(passages[:count]), list(passages[count:]))
-
-
-def _fit_each(chain: DocumentChain, question: str, passages: Sequence[Source], room: int) -> Fitting:
-    """Passages that fit one by one, beside the answer so far."""
+    answer = max_new_tokens or _ROOM
     fitting = Fitting([], [])
     for passage in passages:
-        fits = not fitting.kept or _tokens(chain, 2, question, [passage, passage]) <= room
+        if isinstance(chain, RefineChain):  # one passage at a time, beside the answer so far
+            fits = _tokens(chain, 2, question, [passage, passage]) + 2 * answer <= limit
+        else:
+            fits = _tokens(chain, 1, question, [*fitting.kept, passage]) + answer <= limit
         (fitting.kept if fits else fitting.left_out).append(passage)
+    if not fitting.kept:
+        return Fitting([passages[0]], list(passages[1:]))
     return fitting
 
 
@@ -59,12 +55,21 @@ def _tokens(chain: DocumentChain, step: int, question: str, passages: Sequence[S
 
 
 def chain_inputs(question: str, passages: Sequence[Source]) -> Inputs:
-    """What the chains are given: passages as documents, numbered from 1."""
+    """What the chains are given: passages as documents, numbered from 1, and excerpts of each and of all."""
     documents = [
-        Document(passage.text, metadata={"number": number, "source": passage.source})
+        Document(
+            passage.text,
+            metadata={
+                "text": passage.text,
+                "number": number,
+                "source": passage.source,
+                "excerpt": excerpt(question, [passage.text]),
+            },
+        )
         for number, passage in enumerate(passages, 1)
     ]
-    return {"input_documents": documents, "question": question}
+    found = excerpt(question, [passage.text for passage in passages])
+    return {"input_documents": documents, "question": question, "excerpt": found}
 
 
 def count_tokens(llm: Any, prompt: PromptValue) -> int:

@@ -91,10 +91,19 @@ def rule_for(embedder: str) -> EvidenceRule:
 def overlap(question: str, text: str) -> float | None:
     """Share of the question's content words that stand in a text; None for a question without any."""
     wanted = content_words(question)
-    if not wanted:
-        return None
-    present = {word.lower()[:_STEM] for word in _WORD.findall(text)}
-    return sum(word in present or (_HAN.match(word) is not None and word in text) for word in wanted) / len(wanted)
+    words = Words(text)
+    return sum(word in words for word in wanted) / len(wanted) if wanted else None
+
+
+class Words:
+    """A text that is asked whether it holds a content word."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._stems = {word.lower()[:_STEM] for word in _WORD.findall(text)}
+
+    def __contains__(self, word: str) -> bool:
+        return word in self._text if _HAN.match(word) else word in self._stems
 
 
 def content_words(question: str) -> set[str]:

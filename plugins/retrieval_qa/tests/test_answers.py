@@ -1,4 +1,4 @@
-"""Real answers from real documents, and the prompts that the classic chains would send."""
+"""Real answers from real documents."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from langchain_core.documents import Document
 from langchain_core.language_models import FakeListLLM
-from langchain_core.prompts import PromptTemplate
 
 from calpaca.core.errors import DocumentError
 from calpaca.core.events import Notice, Result, Source, Token
@@ -16,7 +14,6 @@ from calpaca.core.runtime import Runtime
 from calpaca.core.settings import Settings
 from calpaca.plugins.wiring import build_runtime
 from calpaca_retrieval_qa.app import RetrievalQA, build
-from calpaca_retrieval_qa.chains import RefineChain, StuffChain
 from calpaca_retrieval_qa.options import RetrievalQAOptions
 
 HANDBOOK = Path(__file__).parents[3] / "examples" / "handbook.md"
@@ -38,7 +35,7 @@ def ask(runtime: Runtime, question: str, **options: object) -> list:
     [
         ("How long does a night watch last, and who may swap one?", "five hours"),
         ("Who is the treasurer?", "Lin Zhao"),
-        ("How much does the main telescope weigh?", "840"),
+        ("Where was the main telescope built?", "Bristol"),
         ("What is the diameter of the radio dish?", "3 met"),  # the model writes American English
     ],
 )
@@ -103,50 +100,6 @@ def test_a_document_that_cannot_be_read_is_named(
         ask(real_runtime, "What?", files=[file])
 
 
-DOCUMENTS = [Document(f"Passage {number} about llamas.") for number in range(3)]
-
-
-class Recorder(FakeListLLM):
-    """Answers from a list and keeps the prompts."""
-
-    seen: list[str] = []  # noqa: RUF012  # a pydantic field
-
-    def _call(self, prompt: str, *args: object, **kwargs: object) -> str:
-        self.seen.append(prompt)
-        return super()._call(prompt, *args, **kwargs)
-
-
-def recorder() -> Recorder:
-    return Recorder(responses=["one", "two", "three"], seen=[])
-
-
-QUESTION = PromptTemplate.from_template("Context:\n{context_str}\nQuestion: {question}")
-REFINE = PromptTemplate.from_template("{question}\nSo far: {existing_answer}\nMore: {context_str}")
-STUFF = PromptTemplate.from_template("{context}\n{question}")
-
-
-def test_stuff_and_refine_send_the_prompts_of_the_classic_chains() -> None:
-    inputs = {"input_documents": DOCUMENTS, "question": "What is a llama?"}
-    ours, classic = recorder(), recorder()
-    StuffChain(ours, STUFF).invoke(inputs)
-    RefineChain(ours, QUESTION, REFINE).invoke(inputs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from langchain_classic.chains import LLMChain, RefineDocumentsChain, StuffDocumentsChain
-
-        StuffDocumentsChain(llm_chain=LLMChain(llm=classic, prompt=STUFF), document_variable_name="context").invoke(
-            inputs
-        )
-        RefineDocumentsChain(
-            initial_llm_chain=LLMChain(llm=classic, prompt=QUESTION),
-            refine_llm_chain=LLMChain(llm=classic, prompt=REFINE),
-            document_variable_name="context_str",
-            initial_response_name="existing_answer",
-        ).invoke(inputs)
-    assert len(ours.seen) == 4
-    assert ours.seen == classic.seen
-
-
 def test_any_langchain_model_and_retriever_can_be_handed_in(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -157,6 +110,6 @@ def test_any_langchain_model_and_retriever_can_be_handed_in(tmp_path: Path) -> N
     (tmp_path / "llamas.txt").write_text("Llamas eat grass in the mountains.", encoding="utf-8")
     store = InMemoryVectorStore(DeterministicFakeEmbedding(size=8))
     store.add_documents(TextLoader(str(tmp_path / "llamas.txt")).load())
-    value = RetrievalQA(recorder(), store).invoke("What do llamas eat in the mountains?")
+    value = RetrievalQA(FakeListLLM(responses=["one"]), store).invoke("What do llamas eat in the mountains?")
     assert value["answer"] == "one"
     assert value["sources"][0]["text"].startswith("Llamas eat grass")

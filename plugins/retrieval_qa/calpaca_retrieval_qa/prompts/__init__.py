@@ -20,16 +20,18 @@ Language = Literal["en", "zh"]
 _CJK = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 _LETTER = re.compile(r"[^\W\d_]")
 _VARIABLES: Mapping[tuple[str, str], frozenset[str]] = {
-    ("passage", "format"): frozenset({"number", "text"}),
-    ("passage", "separator"): frozenset(),
     ("stuff", "system"): frozenset(),
-    ("stuff", "prompt"): frozenset({"context", "question"}),
+    ("stuff", "passage"): frozenset({"text", "number", "source", "excerpt"}),
+    ("stuff", "separator"): frozenset(),
+    ("stuff", "prompt"): frozenset({"context", "excerpt", "question"}),
     ("refine", "system"): frozenset(),
+    ("refine", "passage"): frozenset({"text", "number", "source", "excerpt"}),
     ("refine", "question"): frozenset({"context_str", "question"}),
     ("refine", "refine"): frozenset({"context_str", "question", "existing_answer"}),
     ("messages", "nothing_found"): frozenset(),
 }
-_OPTIONAL = {"number"}
+_OPTIONAL = {"number", "source", "excerpt"}
+_PLAIN = {("messages", "nothing_found"), ("stuff", "separator")}
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ class Prompts:
     """What the model is shown and the user is told, in one language."""
 
     stuff: ChatPromptTemplate
+    stuff_passage: PromptTemplate
+    stuff_separator: str
     refine_question: ChatPromptTemplate
     refine: ChatPromptTemplate
-    passage: PromptTemplate
-    separator: str
+    refine_passage: PromptTemplate
     nothing_found: str
 
 
@@ -59,12 +62,14 @@ def load_prompts(language: Language, own: Path | None = None) -> Prompts:
     if own is not None:
         for (section, key), text in _own(own).items():
             texts[section][key] = text
+    stuff, refine = texts["stuff"], texts["refine"]
     return Prompts(
-        stuff=_chat(texts["stuff"]["system"], texts["stuff"]["prompt"]),
-        refine_question=_chat(texts["refine"]["system"], texts["refine"]["question"]),
-        refine=_chat(texts["refine"]["system"], texts["refine"]["refine"]),
-        passage=PromptTemplate.from_template(texts["passage"]["format"]),
-        separator=texts["passage"]["separator"],
+        stuff=_chat(stuff["system"], stuff["prompt"]),
+        stuff_passage=PromptTemplate.from_template(stuff["passage"]),
+        stuff_separator=stuff["separator"],
+        refine_question=_chat(refine["system"], refine["question"]),
+        refine=_chat(refine["system"], refine["refine"]),
+        refine_passage=PromptTemplate.from_template(refine["passage"]),
         nothing_found=texts["messages"]["nothing_found"],
     )
 
@@ -98,12 +103,12 @@ def _check(path: Path, name: tuple[str, str], text: Any) -> None:
         raise UsageError(f"{path}: {message}", hint)
     if not isinstance(text, str):
         raise UsageError(f"{path}: {label} is {text!r}.", "It must be a text.")
+    if name in _PLAIN:
+        return
     try:
         used = set(PromptTemplate.from_template(text).input_variables)
     except ValueError as error:
         raise UsageError(f"{path}: {label} is no template: {error}.", "Write {{ and }} for braces.") from error
-    if name[0] == "messages" or name[1] == "separator":
-        return
     wrong = (used - _VARIABLES[name]) | (_VARIABLES[name] - _OPTIONAL - used)
     if wrong:
         wanted = ", ".join("{" + variable + "}" for variable in sorted(_VARIABLES[name])) or "none"
