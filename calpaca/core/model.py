@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from calpaca.core.engine import Engine, Grammar, Handle, Request, Sampling
@@ -35,6 +37,7 @@ class Model:
         from calpaca.core.files import find_files
 
         files = find_files(spec, runtime)
+        Thread(target=_warm, args=[files], daemon=True).start()
         engine_name = "transformers" if spec.engine == "auto" else spec.engine
         engine = runtime.engines.get(engine_name).load()(files, runtime)
         return cls(files.name, spec, engine, engine.template, files)
@@ -78,3 +81,9 @@ class Model:
 
     def close(self) -> None:
         self.engine.close()
+
+
+def _warm(files: ModelFiles) -> None:
+    """Hash the files while they are loaded; what goes wrong is raised when the fingerprint is asked for."""
+    with suppress(Exception):
+        _ = files.fingerprint

@@ -24,7 +24,7 @@ from calpaca.core.paths import cache_dir
 from calpaca.core.registry import Component, Registry
 from calpaca.documents.loaders import FoundFiles, find_files, load_file
 from calpaca.documents.manifest import Manifest
-from calpaca.documents.splitter import SentenceSplitter
+from calpaca.documents.splitter import CHUNK_OVERLAP, CHUNK_SIZE, SentenceSplitter
 from calpaca.documents.vectors import PreparedEmbeddings
 
 FORMAT = 1
@@ -83,8 +83,8 @@ class DocumentIndex:
         loaders: Registry[Component],
         store: Component,
         *,
-        chunk_size: int = 200,
-        chunk_overlap: int = 40,
+        chunk_size: int = CHUNK_SIZE,
+        chunk_overlap: int = CHUNK_OVERLAP,
     ) -> None:
         self.paths = [Path(path).expanduser() for path in paths]
         self.embedder = embedder

@@ -32,6 +32,12 @@ class _Unit:
     begins_block: bool
 
 
+CHUNK_SIZE = 96
+"""Tokens: small models answer best from short passages that lie near the question (docs/quality.md)."""
+
+CHUNK_OVERLAP = 16
+
+
 class SentenceSplitter(BaseDocumentTransformer):
     """Packs whole sentences into chunks of at most `chunk_size` tokens.
 
@@ -44,7 +50,9 @@ class SentenceSplitter(BaseDocumentTransformer):
     (`Chapter > Section`).
     """
 
-    def __init__(self, count_tokens: CountTokens, chunk_size: int = 200, chunk_overlap: int = 40) -> None:
+    def __init__(
+        self, count_tokens: CountTokens, chunk_size: int = CHUNK_SIZE, chunk_overlap: int = CHUNK_OVERLAP
+    ) -> None:
         if chunk_size < 8:
             raise UsageError(f"The chunk size is {chunk_size} tokens.", "It must be at least 8.")
         if not 0 <= chunk_overlap < chunk_size:

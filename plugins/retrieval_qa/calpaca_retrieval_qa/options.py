@@ -12,6 +12,7 @@ from calpaca.core.runtime import Runtime
 from calpaca.documents.index import DocumentIndex
 from calpaca.documents.loaders import find_files
 from calpaca.documents.retrieval import Search
+from calpaca.documents.splitter import CHUNK_OVERLAP, CHUNK_SIZE
 from calpaca.plugins.options import Flag, ModelOptions, SamplingOptions
 
 
@@ -21,9 +22,9 @@ class IndexOptions(BaseModel):
     files: Annotated[list[Path], Flag("file")] = Field(
         [], description="Text or Markdown file, or a folder of them; repeat for several."
     )
-    chunk_size: int = Field(96, description="Longest chunk, in tokens of the embedding model.")
+    chunk_size: int = Field(CHUNK_SIZE, description="Longest chunk, in tokens of the embedding model.")
     chunk_overlap: int = Field(
-        16, description="Tokens that a chunk repeats from the one before it, in whole sentences."
+        CHUNK_OVERLAP, description="Tokens that a chunk repeats from the one before it, in whole sentences."
     )
     store: str = Field("faiss", description="Vector store: faiss or chroma.")
 

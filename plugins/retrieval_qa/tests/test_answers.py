@@ -30,22 +30,51 @@ def ask(runtime: Runtime, question: str, **options: object) -> list:
     return list(build(RetrievalQAOptions(**given), runtime).stream(question))
 
 
+QUESTIONS = {
+    "Who founded the observatory?": "Ada Morrow",
+    "How long does a night watch last?": "five hours",
+    "What does a ticket cost?": "four euros",
+    "What is the diameter of the radio dish?": "3 met",  # the model writes American English
+    "How much does the main telescope weigh?": "840",
+    "Who is the treasurer?": "Lin Zhao",
+    "What are the names of the donkeys?": "Castor",
+    "When did the wooden dome burn down?": "1976",
+    "How many members does the society have?": "214",
+    "Where was the main telescope built?": "Bristol",
+    "What is the refractor of 1968 called?": "Finch",
+    "How far away is the nearest doctor?": "eleven",
+}
+
+
+def test_the_default_model_answers_eleven_of_twelve_questions_about_the_handbook(real_runtime: Runtime) -> None:
+    answers = {question: ask(real_runtime, question)[-1].value["answer"] for question in QUESTIONS}
+    wrong = {question: answer for question, answer in answers.items() if QUESTIONS[question] not in answer}
+    assert len(wrong) <= 1, wrong
+
+
+def test_the_answer_is_what_was_streamed_and_its_source_holds_it(real_runtime: Runtime) -> None:
+    events = ask(real_runtime, "Who is the treasurer?")
+    value = events[-1].value
+    assert "".join(event.text for event in events if isinstance(event, Token)).strip() == value["answer"]
+    assert any("Lin Zhao" in source["text"] for source in value["sources"])
+    assert value["usage"]["total_tokens"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("question", "answer"),
     [
-        ("How long does a night watch last, and who may swap one?", "five hours"),
-        ("Who is the treasurer?", "Lin Zhao"),
-        ("Where was the main telescope built?", "Bristol"),
-        ("What is the diameter of the radio dish?", "3 met"),  # the model writes American English
+        ("天文台是由谁创立的？", "莫雅达"),
+        ("每次值夜持续多久？", "五个小时"),
+        ("门票多少钱？", "四欧元"),
+        ("主望远镜的主镜口径是多少？", "61"),
+        ("最近的医生在哪里？", "埃勒比"),
     ],
 )
-def test_the_default_model_answers_from_the_handbook(real_runtime: Runtime, question: str, answer: str) -> None:
-    events = ask(real_runtime, question)
-    value = events[-1].value
+def test_a_chinese_model_answers_chinese_questions(qwen: Path, e5: Path, question: str, answer: str) -> None:
+    with build_runtime(Settings()) as runtime:
+        value = ask(runtime, question, files=[HANDBOOK.with_name("handbook.zh.md")], model=str(qwen))[-1].value
     assert answer in value["answer"]
-    assert "".join(event.text for event in events if isinstance(event, Token)).strip() == value["answer"]
-    assert any(answer.split(maxsplit=1)[0] in source["text"] for source in value["sources"])
-    assert value["usage"]["total_tokens"] > 0
 
 
 def test_sources_stand_at_the_lines_they_name(real_runtime: Runtime) -> None:
