@@ -3,6 +3,8 @@
 The model is a very small one: the test that wants it to decide by itself to call a tool is the only one that may fail.
 """
 
+from importlib import import_module
+
 import pytest
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
@@ -24,6 +26,18 @@ def weights(smollm2):
 
 
 class TestChatCalpacaUnit(ChatModelUnitTests):
+    @pytest.fixture(autouse=True)
+    def listed(self, monkeypatch):
+        """Put ChatCalpaca on langchain_core's own list of classes.
+
+        test_serdes loads with `allowed_objects="all"`, which means those on that list; it holds only the packages that
+        LangChain publishes itself. Programs name the class instead: `allowed_objects=[ChatCalpaca]`.
+        """
+        loading = import_module("langchain_core.load.load")
+        path = tuple(ChatCalpaca.lc_id())
+        monkeypatch.setitem(loading.ALL_SERIALIZABLE_MAPPINGS, path, path)
+        monkeypatch.setattr(loading, "_default_class_paths_cache", {})
+
     @property
     def chat_model_class(self):
         return ChatCalpaca

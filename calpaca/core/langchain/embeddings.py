@@ -6,12 +6,13 @@ from importlib import import_module
 from typing import Any, Self
 
 from langchain_core.embeddings import Embeddings
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
 from calpaca.core.embedding import Embedder
+from calpaca.core.langchain.serializable import PublicSerializable
 
 
-class CalpacaEmbeddings(BaseModel, Embeddings):
+class CalpacaEmbeddings(PublicSerializable, Embeddings):
     """Embeds texts with a local model: unit vectors, with the model's own prompts for queries and passages.
 
         CalpacaEmbeddings().embed_query("What is a llama?")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
@@ -59,6 +60,10 @@ class CalpacaLLM(ModelParameters, BaseLLM):
     def _identifying_params(self) -> Mapping[str, Any]:
         identity = self._identity({})
         return {**identity, "grammar": repr(self.grammar)} if self.grammar is not None else identity
+
+    @property
+    def lc_attributes(self) -> dict[str, Any]:
+        return super().lc_attributes | ({"grammar": asdict(self.grammar)} if self.grammar is not None else {})
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return self._tracing("llm", stop, kwargs)

@@ -14,10 +14,11 @@ from langchain_core.language_models.base import LangSmithParams
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from langchain_core.utils import secret_from_env
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from calpaca.core.engine import Chunk, Handle, Sampling, TokenLogprob
 from calpaca.core.errors import AnswerTimeoutError, DownloadError, UsageError, unknown_name
+from calpaca.core.langchain.serializable import PublicSerializable
 from calpaca.core.model import Model
 from calpaca.core.settings import SamplingSettings
 from calpaca.core.spec import ModelSpec
@@ -42,7 +43,7 @@ class Call:
     arguments: Mapping[str, Any]
 
 
-class ModelParameters(BaseModel):
+class ModelParameters(PublicSerializable):
     """Constructor arguments. What is left out is taken from the settings."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
@@ -99,6 +100,17 @@ class ModelParameters(BaseModel):
             stop=list(sampling.stop),
             **{**given, **logprobs, **arguments},
         )
+
+    # As JSON: `langchain_core.load.dumpd` and `load` ------------------------------------------------------------------
+    @property
+    def lc_secrets(self) -> dict[str, str]:
+        """What is written as the name of an environment variable instead."""
+        return {"api_key": "CALPACA_API_KEY"}
+
+    @property
+    def lc_attributes(self) -> dict[str, Any]:
+        """What would be left out as a default: `streaming=False` that was asked for forbids langchain_core to stream."""
+        return {"streaming": self.streaming} if "streaming" in self.model_fields_set else {}
 
     # Checks at construction: nothing is loaded, but a wrong name does not wait for the first call ------------------
     @model_validator(mode="before")
