@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Mapping
+from contextlib import chdir
 from dataclasses import asdict
 from datetime import datetime
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from calpaca.cli.group import Group
 from calpaca.cli.run import resume_job, shared_runtime
 from calpaca.cli.table import table
+from calpaca.core.errors import JobError
 
 if TYPE_CHECKING:
     from calpaca.core.jobs import JobRecord
@@ -50,6 +55,9 @@ def why(job_id: str) -> None:
         click.echo(record.message)
     if record.state in {"interrupted", "failed", "cancelled"}:
         click.echo(f"Go on with: calpaca jobs resume {record.id}")
+    if record.parameters.get("argv"):
+        click.echo(f"\nStarted in {record.parameters['cwd']} as: calpaca {shlex.join(record.parameters['argv'])}")
+        return
     click.echo(f"\nStarted as: calpaca run {record.kind}, with")
     for name, value in sorted(record.parameters.items()):
         click.echo(f"  {name} = {json.dumps(value, ensure_ascii=False)}")
@@ -62,7 +70,22 @@ def resume(job_id: str, as_json: bool) -> None:
     """Go on with a job; finished steps are not done again. A unique beginning of the id is enough."""
     runtime = shared_runtime()
     record = runtime.jobs.get(job_id)
+    if record.kind == "models":
+        rerun(record.parameters)
+        return
     resume_job(record, runtime, sys.stdout, as_json=as_json)
+
+
+def rerun(parameters: Mapping[str, Any]) -> None:
+    """Give a command again, in the folder it was given in."""
+    from calpaca.cli.main import program
+
+    if not parameters.get("argv"):
+        raise JobError("This job was started from Python.", "Call the same function again; it goes on from there.")
+    if not Path(parameters["cwd"]).is_dir():
+        raise JobError(f"The job was started in {parameters['cwd']}, which is gone.", "Give the command again.")
+    with chdir(parameters["cwd"]):
+        program.main(list(parameters["argv"]), standalone_mode=False, obj=tuple(parameters["argv"]))
 
 
 def _count(record: JobRecord) -> str:

@@ -20,7 +20,7 @@ from calpaca.cli.group import Group
 
 COMMANDS = {
     "run": ("calpaca.cli.run:run", "Run an app, or list the installed ones."),
-    "models": ("calpaca.cli.models:models", "List, fetch, find and describe models."),
+    "models": ("calpaca.cli.models:models", "List, fetch, describe, convert, merge and verify models."),
     "plugins": ("calpaca.cli.plugins:plugins", "List the installed plugins and what is wrong with them."),
     "jobs": ("calpaca.cli.jobs:jobs", "List, explain and resume long runs."),
     "settings": ("calpaca.cli.settings:settings", "Show the settings in force and where files lie."),
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     try:
         given = None if arguments is None else list(arguments)
-        code = program.main(given, prog_name="calpaca", standalone_mode=False)
+        code = program.main(given, prog_name="calpaca", standalone_mode=False, obj=tuple(given or sys.argv[1:]))
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except SystemExit as error:

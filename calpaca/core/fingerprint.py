@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from calpaca.core.checkpoint.manifest import MANIFEST
 from calpaca.core.errors import CorruptFileError, ModelNotFoundError
 from calpaca.core.paths import cache_dir
 
@@ -27,7 +28,9 @@ _TRAINING = re.compile(r"optimizer.*|scheduler.*|scaler.*|rng_state.*|trainer_st
 _SETTLED = 2.0  # seconds: a younger file may change again within the clock's resolution
 _SCHEMA = """CREATE TABLE IF NOT EXISTS digests (
     device TEXT, inode TEXT, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, sha256 TEXT, PRIMARY KEY (device, inode)
-)"""
+);
+CREATE TABLE IF NOT EXISTS weights (fingerprint TEXT PRIMARY KEY, sha256 TEXT);
+"""
 
 
 def file_digest(path: Path, *, use_memo: bool = True) -> str:
@@ -69,6 +72,7 @@ def model_files(folder: Path) -> list[Path]:
 
 def _belongs(file: Path) -> bool:
     kind = file.suffix in _SUFFIXES or file.name in _TEXTS
+    kind = kind and file.name != MANIFEST  # when and how it was made changes nothing that it computes
     return kind and not file.name.startswith(".") and not _TRAINING.fullmatch(file.name) and file.is_file()
 
 
@@ -121,10 +125,23 @@ def _remember(status: os.stat_result, digest: str) -> None:
         memo.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?, ?, ?)", (*_identity(status), digest))
 
 
+def recall_weights(print_of_files: str) -> str | None:
+    """The digest over all tensors of the files with this fingerprint, if `remember_weights` was told."""
+    with suppress(sqlite3.Error, OSError), _memo() as memo:
+        row = memo.execute("SELECT sha256 FROM weights WHERE fingerprint = ?", (print_of_files,)).fetchone()
+        return str(row[0]) if row else None
+    return None
+
+
+def remember_weights(print_of_files: str, digest: str) -> None:
+    with suppress(sqlite3.Error, OSError), _memo() as memo:
+        memo.execute("INSERT OR REPLACE INTO weights VALUES (?, ?)", (print_of_files, digest))
+
+
 @contextmanager
 def _memo() -> Iterator[sqlite3.Connection]:
     file = cache_dir() / "fingerprints.sqlite"
     file.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(file, timeout=5.0)) as connection, connection:
-        connection.execute(_SCHEMA)
+        connection.executescript(_SCHEMA)
         yield connection

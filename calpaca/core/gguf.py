@@ -129,6 +129,12 @@ def converted_folder(path: Path) -> Path:
     return cache_dir() / "converted" / f"{file_digest(path)[:32]}-{_RECIPE}"
 
 
+def spans(path: Path) -> dict[str, tuple[int, int]]:
+    """First byte and number of bytes of every tensor of a whole file. Raises CorruptFileError."""
+    header = check(path)
+    return {tensor.name: (header.data_start + tensor.offset, _end(tensor) - tensor.offset) for tensor in header.tensors}
+
+
 def _end(tensor: Tensor) -> int:
     """The byte after the tensor, from the start of the data. Types that gguf does not know count as empty."""
     constants = _constants()

@@ -87,10 +87,17 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A folder to be written: files of weights, small files (`texts`: name to bytes, or a path to copy), lineage."""
+    """A folder to be written: files of weights, and small files (`texts`: name to contents, or a path to copy).
+
+    `lineage` is called once, while the weights are written, since it may hash the inputs. `inputs` are the files that
+    the tensors are made from and `settings` what decides how (JSON values): an interrupted run goes on only when
+    both are what they were.
+    """
 
     files: tuple[PlannedFile, ...]
-    lineage: Lineage
+    lineage: Callable[[], Lineage]
+    inputs: tuple[Path, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
     texts: Mapping[str, bytes | Path] = field(default_factory=dict)
 
     @property

@@ -69,9 +69,10 @@ class FileStream:
     Raises OSError when the disk does, and ModelError when a tensor's bytes are not as many as its shape needs.
     """
 
-    def __init__(self, file: Path, name: str) -> None:
+    def __init__(self, file: Path, name: str, advance: Callable[[int], object] = lambda _: None) -> None:
         self._file = file.open("wb", buffering=0)
         self._name = name
+        self._advance = advance
         self._digest = hashlib.sha256()
         self._tensor_digest = hashlib.sha256()
         self._crc = 0
@@ -114,7 +115,9 @@ class FileStream:
         for buffer in tensor.chunks():
             view = memoryview(buffer).cast("B")
             for start in range(0, len(view), _PIECE):
-                self._put(view[start : start + _PIECE], *consumers)
+                piece = view[start : start + _PIECE]
+                self._put(piece, *consumers)
+                self._advance(len(piece))
             written += len(view)
         for name in consumers[2:]:
             self._consumers[name].wait()
