@@ -20,7 +20,7 @@ from calpaca.cli.group import Group
 
 COMMANDS = {
     "run": ("calpaca.cli.run:run", "Run an app, or list the installed ones."),
-    "models": ("calpaca.cli.models:models", "List, fetch, describe, convert, merge and verify models."),
+    "models": ("calpaca.cli.models:models", "List, fetch, describe, convert, merge, verify, compare and export models."),
     "plugins": ("calpaca.cli.plugins:plugins", "List the installed plugins and what is wrong with them."),
     "jobs": ("calpaca.cli.jobs:jobs", "List, explain and resume long runs."),
     "settings": ("calpaca.cli.settings:settings", "Show the settings in force and where files lie."),

@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -190,7 +190,12 @@ class Job:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is None:
             self._save("done")
-        elif isinstance(error, JobCancelled | KeyboardInterrupt | GeneratorExit):
+            return
+        with suppress(JobError):  # a disk that is full must not hide the error that says so
+            self._save_failure(error)
+
+    def _save_failure(self, error: BaseException) -> None:
+        if isinstance(error, JobCancelled | KeyboardInterrupt | GeneratorExit):
             self._save("cancelled", "Cancelled between two steps; `calpaca jobs resume` goes on from there.")
         else:
             self._save("failed", str(error) or type(error).__name__)

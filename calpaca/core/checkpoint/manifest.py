@@ -117,10 +117,7 @@ def parse_manifest(file: Path) -> Manifest:
         manifest = Manifest(
             lineage=_lineage(content["lineage"]),
             files={name: FileRecord(**record) for name, record in content["files"].items()},
-            tensors={
-                name: TensorRecord(**{**record, "shape": tuple(record["shape"])})
-                for name, record in content["tensors"].items()
-            },
+            tensors={name: read_record(record) for name, record in content["tensors"].items()},
         )
         stated = content["weights"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -130,6 +127,11 @@ def parse_manifest(file: Path) -> Manifest:
             f"{file} was changed: the digest over its tensors is not the one it states.", "Take the original file."
         )
     return manifest
+
+
+def read_record(content: Mapping[str, Any]) -> TensorRecord:
+    """A tensor's record from its JSON values."""
+    return TensorRecord(**{**content, "shape": tuple(content["shape"])})
 
 
 def _lineage(content: Mapping[str, Any]) -> Lineage:

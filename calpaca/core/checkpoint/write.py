@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from calpaca.core.checkpoint import safetensors, torch_zip
-from calpaca.core.checkpoint.manifest import MANIFEST, FileRecord, Lineage, Manifest, TensorRecord
+from calpaca.core.checkpoint.manifest import MANIFEST, FileRecord, Lineage, Manifest, TensorRecord, read_record
 from calpaca.core.checkpoint.plan import ModelPlan, PlannedFile, PlannedTensor, index_of
 from calpaca.core.checkpoint.stream import FileStream
 from calpaca.core.disk import check_space, disk_errors
@@ -83,7 +83,7 @@ def _fill(folder: Path, plan: ModelPlan, job: Job, lineage: Future[Lineage]) -> 
     files, tensors = dict[str, FileRecord](), dict[str, TensorRecord]()
     for written in _write_files(folder, plan, job):
         files[written["name"]] = FileRecord(**written["file"])
-        tensors.update({name: TensorRecord(**record) for name, record in written["tensors"].items()})
+        tensors.update({name: read_record(record) for name, record in written["tensors"].items()})
     texts = dict(plan.texts) | {name: _json(content) for name, content in index_of(plan.files).items()}
     for name, content in texts.items():
         _write_text(folder / name, content)
