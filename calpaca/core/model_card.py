@@ -9,17 +9,16 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from calpaca.core.catalogue import ENTRIES
+from calpaca.core.checkpoint.dtypes import NAMES
+from calpaca.core.checkpoint.safetensors import read_tensors
 from calpaca.core.errors import CorruptFileError
 from calpaca.core.fingerprint import fingerprint, model_files
 from calpaca.core.gguf import read_header
 from calpaca.core.sources import Found
-
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I8": "int8"}
 
 
 @dataclass(frozen=True)
@@ -89,41 +88,27 @@ def _gguf_card(found: Found) -> ModelCard:
     )
 
 
+def stored_dtype(path: Path) -> str | None:
+    """What most weights of a folder or file are stored as: `bfloat16`, or ggml's name such as `Q4_1`."""
+    if path.suffix == ".gguf":
+        main = read_header(path).main_type
+        return NAMES.get(main, main) if main is not None else None
+    return _main_dtype(_count_elements(path))
+
+
 def _count_elements(folder: Path) -> Counter[str]:
     """Elements of each dtype over all safetensors files; empty for a model in `.bin` files."""
     counts: Counter[str] = Counter()
     for file in model_files(folder):
         if file.suffix == ".safetensors":
-            for tensor in _read_safetensors_header(file).values():
-                counts[tensor["dtype"]] += prod(tensor["shape"])
+            for tensor in read_tensors(file).values():
+                counts[tensor.dtype] += tensor.elements
     return counts
-
-
-def _read_safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Name → dtype, shape. Format: 8 bytes of length, little-endian, then JSON."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        text = opened.read(length) if length < size else b""
-    try:
-        header: dict[str, dict[str, Any]] = json.loads(text)
-        header.pop("__metadata__", None)
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptFileError(
-            f"{file} ({size:,} bytes) has no readable safetensors header.", "Fetch the file again."
-        ) from error
-    if size < 8 + length + end:
-        raise CorruptFileError(
-            f"{file} is truncated: it has {size:,} bytes, but its header announces {8 + length + end:,}.",
-            "Fetch the file again.",
-        )
-    return header
 
 
 def _main_dtype(counts: Counter[str]) -> str | None:
     most = counts.most_common(1)
-    return _DTYPES.get(most[0][0], most[0][0]) if most else None
+    return NAMES.get(most[0][0], most[0][0]) if most else None
 
 
 def _read_json(file: Path) -> Mapping[str, Any]:
