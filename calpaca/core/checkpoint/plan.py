@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from calpaca.core.checkpoint.reader import Checkpoint
+    from calpaca.core.checkpoint.tensor import StoredTensor
 
 Container = Literal["safetensors", "torch"]
 Buffer = bytes | memoryview
@@ -28,6 +29,8 @@ class PlannedTensor:
     """A tensor to be written. `chunks` makes its bytes, row by row and little-endian, when its turn comes.
 
     `origin` says in words where it comes from; `memory` is what making it needs beside the result's own bytes.
+    `copy_of` is the stored tensor whose bytes these are, where nothing is changed: some of its rows can then be read
+    alone.
     """
 
     name: str
@@ -36,6 +39,7 @@ class PlannedTensor:
     chunks: Callable[[], Iterable[Buffer]]
     origin: str
     memory: int = 0
+    copy_of: StoredTensor | None = None
 
     @property
     def size(self) -> int:
@@ -47,7 +51,12 @@ def copied(source: Checkpoint, name: str, new_name: str | None = None) -> Planne
     """The tensor of `source` called `name`, byte by byte."""
     stored = source.tensors[name]
     return PlannedTensor(
-        new_name or name, stored.dtype, stored.shape, lambda: source.chunks(name), f"{stored.file.name}: {name}"
+        new_name or name,
+        stored.dtype,
+        stored.shape,
+        lambda: source.chunks(name),
+        f"{stored.file.name}: {name}",
+        copy_of=stored,
     )
 
 

@@ -1,0 +1,1 @@
+"""Original LLaMA `.pth` folders and Hugging Face folders, each made from the other."""
