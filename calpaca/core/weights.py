@@ -48,7 +48,8 @@ def load_weights(files: ModelFiles) -> LoadedWeights:
     config = _read_config(files)
     tokenizer = load_tokenizer(files.tokenizer, trust_remote_code=spec.trust_remote_code)
     adapters = [Adapter(adapter) for adapter in files.adapters]
-    vocabulary = check_adapters(adapters, _parameter_shapes(config, spec.trust_remote_code), len(tokenizer))
+    if adapters:
+        vocabulary = check_adapters(adapters, _parameter_shapes(config, spec.trust_remote_code), len(tokenizer))
     dtype = choose_dtype(spec.dtype, device, _weights_size(files.weights), config)
     model = _from_pretrained(files, config, device, dtype)
     if adapters:
