@@ -93,6 +93,11 @@ class Manifest:
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
+def record_name(file: str, name: str, shared: set[str]) -> str:
+    """The name that a manifest lists a tensor by: where several files have one of the name, the file's before it."""
+    return f"{file}/{name}" if name in shared else name
+
+
 def weights_digest(tensors: Mapping[str, TensorRecord]) -> str:
     """sha256 over name, dtype, shape and digest of every tensor, in the order of their names."""
     lines = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -145,9 +146,15 @@ def hugging_face_files(
     )
 
 
+def shared_names(files: Sequence[PlannedFile]) -> set[str]:
+    """Tensor names that several files have, as the parts of an original LLaMA checkpoint do."""
+    counts = Counter(tensor.name for file in files for tensor in file.tensors)
+    return {name for name, count in counts.items() if count > 1}
+
+
 def index_of(files: Sequence[PlannedFile]) -> dict[str, dict[str, Any]]:
-    """The index that goes beside several files: its name and contents; empty for a single file."""
-    if len(files) == 1:
+    """The index that goes beside several files: its name and contents; empty for a single file, and for parts."""
+    if len(files) == 1 or shared_names(files):
         return {}
     name = "model.safetensors.index.json" if files[0].container == "safetensors" else "pytorch_model.bin.index.json"
     return {

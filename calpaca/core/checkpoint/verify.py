@@ -96,7 +96,9 @@ def _changed(file: Path, told: Mapping[str, TensorRecord]) -> Iterator[str]:
         digests = _digests(file)
     except (CorruptFileError, ModelNotFoundError):
         return
-    yield from (name for name, record in told.items() if digests.get(name) != record.sha256)
+    for name, record in told.items():
+        if digests.get(name.removeprefix(f"{record.file}/")) != record.sha256:
+            yield name
 
 
 def _digests(file: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from calpaca.core.checkpoint import safetensors, torch_zip
 from calpaca.core.checkpoint.manifest import MANIFEST, FileRecord, Lineage, Manifest, TensorRecord, read_record
-from calpaca.core.checkpoint.plan import ModelPlan, PlannedFile, PlannedTensor, index_of
+from calpaca.core.checkpoint.plan import ModelPlan, PlannedFile, PlannedTensor, index_of, shared_names
 from calpaca.core.checkpoint.stream import FileStream
 from calpaca.core.disk import check_space, disk_errors
 from calpaca.core.errors import UsageError
@@ -81,14 +81,16 @@ def write_model(plan: ModelPlan, output: Path, jobs: Ledger, command: Command | 
 def _fill(folder: Path, plan: ModelPlan, job: Job, lineage: Future[Lineage]) -> Manifest:
     """Write everything into the work folder, the manifest last."""
     files, tensors = dict[str, FileRecord](), dict[str, TensorRecord]()
+    shared = shared_names(plan.files)
     for written in _write_files(folder, plan, job):
         files[written["name"]] = FileRecord(**written["file"])
-        tensors.update({name: read_record(record) for name, record in written["tensors"].items()})
+        for name, record in written["tensors"].items():
+            tensors[record_name(written["name"], name, shared)] = read_record(record)
     texts = dict(plan.texts) | {name: _json(content) for name, content in index_of(plan.files).items()}
     for name, content in texts.items():
         _write_text(folder / name, content)
         files[name] = FileRecord((folder / name).stat().st_size, file_digest(folder / name, use_memo=False))
-    planned = [tensor.name for tensor in plan.tensors]
+    planned = [record_name(file.name, tensor.name, shared) for file in plan.files for tensor in file.tensors]
     manifest = Manifest(lineage.result(), files, {name: tensors[name] for name in planned})
     _write_text(folder / MANIFEST, manifest.to_json().encode())
     for leftover in folder.iterdir():
