@@ -19,7 +19,15 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from calpaca.core.checkpoint import safetensors, torch_zip
-from calpaca.core.checkpoint.manifest import MANIFEST, FileRecord, Lineage, Manifest, TensorRecord, read_record
+from calpaca.core.checkpoint.manifest import (
+    MANIFEST,
+    FileRecord,
+    Lineage,
+    Manifest,
+    TensorRecord,
+    read_record,
+    record_name,
+)
 from calpaca.core.checkpoint.plan import ModelPlan, PlannedFile, PlannedTensor, index_of, shared_names
 from calpaca.core.checkpoint.stream import FileStream
 from calpaca.core.disk import check_space, disk_errors
