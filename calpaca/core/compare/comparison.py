@@ -2,7 +2,8 @@
 
 The models are loaded one after the other. The logits of every position of a few prompts are compared, and the tokens
 that each would go on with. How large a difference may be is stated relative to the largest logit, since rounding grows
-with the numbers.
+with the numbers. A weak adapter may change less than that, so it is also looked at whether the other model is nearer to
+this one with each adapter or without it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calpaca.core.adapters import Adapter
 from calpaca.core.compare.outputs import Ids, Outputs, run
 from calpaca.core.compare.tensors import TensorComparison, compare_tensors
 from calpaca.core.errors import UsageError
@@ -22,6 +24,8 @@ from calpaca.core.spec import AdapterSpec, ModelSpec
 from calpaca.core.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from calpaca.core.runtime import Runtime
 
 PROMPTS = (
@@ -37,7 +41,7 @@ PROMPTS = (
 MOST_TOKENS = 256
 """Tokens of a prompt that are compared; the rest is left out."""
 
-TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "Q8_0": 5e-2, "8bit": 2e-1}
+TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 1e-1, "Q8_0": 1e-1, "8bit": 2e-1}
 """Largest logit difference, relative to the largest logit, by the coarsest number format that either side computes in or
 was stored in."""
 
@@ -80,7 +84,11 @@ class PromptComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two models have in common. `rows_a` and `rows_b` count logits; only the `ids` first ones are compared."""
+    """What two models have in common. `rows_a` and `rows_b` count logits; only the `ids` first ones are compared.
+
+    `missing` names the adapters of one side without which it would be nearer to the other, `idle` those that change no
+    logit of their own side. `tensors` is None where a side has adapters or is a GGUF file.
+    """
 
     a: str
     b: str
@@ -89,6 +97,8 @@ class Comparison:
     rows_a: int
     rows_b: int
     tolerance: float
+    missing: tuple[str, ...]
+    idle: tuple[str, ...]
     prompts: tuple[PromptComparison, ...]
     tensors: TensorComparison | None = None
 
@@ -136,7 +146,7 @@ class Comparison:
 
     @property
     def within_tolerance(self) -> bool:
-        return self.same_tokens and self.relative <= self.tolerance
+        return self.same_tokens and not self.missing and self.relative <= self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, the properties included, as JSON values."""
@@ -193,6 +203,8 @@ def _compare(a: ModelSpec, b: ModelSpec, runtime: Runtime, options: CompareOptio
         dtype_b=outputs_b.dtype,
         rows_a=outputs_a.rows,
         rows_b=outputs_b.rows,
+        missing=(*_missing(files_a, outputs_a, outputs_b), *_missing(files_b, outputs_b, outputs_a)),
+        idle=(*_idle(files_a, outputs_a), *_idle(files_b, outputs_b)),
         tolerance=options.tolerance if options.tolerance is not None else _tolerance(formats),
         prompts=tuple(_compared(number, probes, (outputs_a, outputs_b), tokenizers) for number in range(len(probes))),
         tensors=tensors,
@@ -231,12 +243,40 @@ def _tolerance(formats: Sequence[str | None]) -> float:
     return max(TOLERANCES.get(each, _COARSEST) for each in formats if each is not None)
 
 
+def _missing(files: ModelFiles, adapted: Outputs, other: Outputs) -> list[str]:
+    """Adapters without which `adapted` would be nearer to `other`."""
+    distance = _distance(adapted.logits, other.logits)
+    without = adapted.without.items()
+    return [files.adapters[number].name for number, logits in without if _distance(logits, other.logits) < distance]
+
+
+def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return sum(_difference(one, two).sum().item() for one, two in zip(a, b, strict=True))
+
+
+def _idle(files: ModelFiles, outputs: Outputs) -> list[str]:
+    """Adapters that replace no tensor and whose low-rank part changes no logit."""
+    adapters = {number: files.adapters[number] for number in outputs.without}
+    return [
+        adapter.name
+        for number, adapter in adapters.items()
+        if all(".lora_" in name for name in Adapter(adapter).shapes)
+        and _distance(outputs.without[number], outputs.logits) == 0
+    ]
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """Absolute differences [positions, ids] over the ids that both have."""
+    ids = min(a.shape[1], b.shape[1])
+    return (a[:, :ids] - b[:, :ids]).abs()
+
+
 def _compared(
     number: int, probes: Sequence[_Probe], outputs: tuple[Outputs, Outputs], tokenizers: tuple[Tokenizer, Tokenizer]
 ) -> PromptComparison:
     ids = min(each.rows for each in outputs)
     a, b = (each.logits[number][:, :ids] for each in outputs)
-    difference = (a - b).abs()
+    difference = _difference(a, b)
     greedy_a, greedy_b = (each.greedy[number] for each in outputs)
     common = next((at for at, pair in enumerate(zip(greedy_a, greedy_b, strict=False)) if pair[0] != pair[1]), None)
     return PromptComparison(

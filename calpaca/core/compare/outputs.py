@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,18 @@ Ids = tuple[int, ...]
 class Outputs:
     """`logits` float32 [positions, rows] for each prompt, `greedy` the likeliest tokens after each, up to its end.
 
-    `dtype` is what was computed in.
+    `without` has the logits once more, by an adapter's number, with it left out while the others stay (its low-rank part:
+    whole tensors that it replaces stay too). `dtype` is what was computed in.
     """
 
     logits: tuple[Tensor, ...]
     greedy: tuple[Ids, ...]
-    rows: int
+    without: Mapping[int, tuple[Tensor, ...]]
     dtype: str
+
+    @property
+    def rows(self) -> int:
+        return self.logits[0].shape[1]
 
 
 def run(files: ModelFiles, prompts: Sequence[Ids], new_tokens: int) -> Outputs:
@@ -48,10 +54,32 @@ def run(files: ModelFiles, prompts: Sequence[Ids], new_tokens: int) -> Outputs:
     with torch.inference_mode():
         logits = tuple(_logits(model, ids, files.name) for ids in prompts)
         greedy = _greedy(model, prompts, new_tokens, frozenset(loaded.eos_ids))
-    outputs = Outputs(logits, greedy, logits[0].shape[1], str(model.dtype).removeprefix("torch."))
+        without = {}
+        for number, left_out in _left_out(model):
+            with left_out:
+                without[number] = tuple(_logits(model, ids, files.name) for ids in prompts)
+    outputs = Outputs(logits, greedy, without, str(model.dtype).removeprefix("torch."))
     del loaded, model
     gc.collect()  # the next model must find the memory free; layers and hooks refer to each other
     return outputs
+
+
+def _left_out(model: Any) -> Iterator[tuple[int, AbstractContextManager[None]]]:
+    """For each adapter with a low-rank part: its number, and a context in which only the others are active."""
+    present = list(getattr(model, "peft_config", ()))
+    for name in present:
+        others = [other for other in present if other != name]
+        number = int(name.removeprefix("adapter_"))  # as apply_adapters calls it
+        yield number, _only(model, others, present) if others else model.disable_adapter()
+
+
+@contextmanager
+def _only(model: Any, active: list[str], all_of_them: list[str]) -> Iterator[None]:
+    model.base_model.set_adapter(active, inference_mode=True)
+    try:
+        yield
+    finally:
+        model.base_model.set_adapter(all_of_them, inference_mode=True)
 
 
 def _logits(model: Any, ids: Ids, name: str) -> Tensor:
