@@ -50,12 +50,14 @@ _COARSEST = 5e-1  # any other format, such as 4 bits
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """`tolerance` is relative to the largest logit; None takes the one of the coarsest number format.
+    """`prompts` are `PROMPTS` where none are given.
+
+    `tolerance` is relative to the largest logit; None takes the one of the coarsest number format.
 
     `new_tokens` is how far greedy answers are followed; 0 compares logits alone.
     """
 
-    prompts: tuple[str, ...] = PROMPTS
+    prompts: tuple[str, ...] = ()
     tolerance: float | None = None
     new_tokens: int = 32
     tensors: bool = True
@@ -175,7 +177,7 @@ def compare(a: ModelSpec, b: ModelSpec, runtime: Runtime, options: CompareOption
     return _compare(runtime.spec(a), runtime.spec(b), runtime, options)
 
 
-def changes_logits(base: ModelSpec, adapter: AdapterSpec, runtime: Runtime, prompts: tuple[str, ...] = PROMPTS) -> bool:
+def changes_logits(base: ModelSpec, adapter: AdapterSpec, runtime: Runtime, prompts: tuple[str, ...] = ()) -> bool:
     """Whether an adapter does anything at all to `base` (a spec that may carry adapters already)."""
     without = runtime.spec(base)
     adapted = without.model_copy(update={"adapters": (*without.adapters, adapter)})
@@ -189,7 +191,7 @@ def _compare(a: ModelSpec, b: ModelSpec, runtime: Runtime, options: CompareOptio
     sources = [resolve_model(spec.model, runtime, revision=spec.revision).path for spec in (a, b)]
     tensors = _compare_tensors((a, b), sources) if options.tensors else None
     tokenizers = _tokenizer(files_a), _tokenizer(files_b)
-    probes = [_probe(prompt, *tokenizers) for prompt in options.prompts]
+    probes = [_probe(prompt, *tokenizers) for prompt in options.prompts or PROMPTS]
     ids = [probe.ids for probe in probes]
     outputs_a = run(files_a, ids, options.new_tokens)
     if b.dtype == "auto":
