@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from calpaca.core import catalogue, gguf
 from calpaca.core.catalogue import Entry, Kind, Origin, Repository
+from calpaca.core.convert.source import is_original
 from calpaca.core.errors import (
     DownloadError,
     MissingExtraError,
@@ -78,11 +79,11 @@ def resolve_model(
 
     `reference` is a folder, a `.gguf` file, a name of the catalogue or a hub id; None is the catalogue's default, or
     the embedded model when that can be had from nowhere. `format` `hf` gives a Hugging Face folder (a GGUF file is
-    dequantized once), `gguf` a GGUF file, None what there is. Raises ModelNotFoundError, DownloadError,
-    CorruptFileError or UnsupportedError.
+    dequantized once, an original `.pth` checkpoint converted once), `gguf` a GGUF file, None what there is. Raises
+    ModelNotFoundError, DownloadError, CorruptFileError or UnsupportedError.
     """
     found = _default_chat(runtime) if reference is None else _resolve(reference, runtime, "chat", revision)
-    return _in_format(found, format)
+    return _in_format(found, format, runtime)
 
 
 def resolve_adapter(reference: str, runtime: Runtime, *, revision: str | None = None) -> Found:
@@ -222,13 +223,18 @@ def _path_hint(path: Path) -> str:
     return f"Did you mean {parent / match}?" if match else f"The nearest folder that exists is {parent}."
 
 
-def _in_format(found: Found, format: Format | None) -> Found:
+def _in_format(found: Found, format: Format | None, runtime: Runtime) -> Found:
+    if format == "hf" and is_original(found.path):
+        from calpaca.core.convert.cache import hugging_face_folder
+
+        return Found(found.name, hugging_face_folder(found.path, runtime.jobs), found.source)
     is_gguf = found.path.suffix == ".gguf" and found.path.is_file()
     if format == "hf" and is_gguf:
         return Found(found.name, gguf.hf_folder(found.path), found.source)
     if format == "gguf" and not is_gguf:
+        kind = "an original LLaMA checkpoint" if is_original(found.path) else "a Hugging Face folder"
         raise UnsupportedError(
-            f"{found.name} is a Hugging Face folder and there is no GGUF file of it.",
+            f"{found.name} is {kind} and there is no GGUF file of it.",
             f"Use it as it is (--format hf), or name a .gguf file; {catalogue.EMBEDDED_CHAT.name} has one.",
         )
     return found

@@ -7,6 +7,7 @@ import click
 from calpaca.cli.group import Group
 from calpaca.cli.models.catalogue import list_models
 from calpaca.cli.models.compare import compare
+from calpaca.cli.models.convert import convert
 from calpaca.cli.models.files import path, pull
 from calpaca.cli.models.show import show
 from calpaca.cli.models.verify import verify
@@ -20,5 +21,5 @@ def models() -> None:
     """
 
 
-for command in (list_models, pull, path, show, verify, compare):
+for command in (list_models, pull, path, show, verify, compare, convert):
     models.add_command(command)

@@ -6,7 +6,6 @@ Each part holds a slice of every matrix, along its rows or its columns, for one 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +24,7 @@ from calpaca.core.convert.architecture import (
     from_params,
     to_params,
 )
+from calpaca.core.convert.json_file import read_object
 from calpaca.core.convert.names import (
     EMBEDDINGS,
     HF_EMBEDDINGS,
@@ -39,22 +39,10 @@ from calpaca.core.convert.names import (
     to_original,
 )
 from calpaca.core.convert.rows import beside, columns, halves, pairs, row_size, rows
+from calpaca.core.convert.source import PARAMS, part_files, part_number
 from calpaca.core.errors import CorruptFileError, ModelNotFoundError, UnsupportedError, UsageError
 
-PARAMS = "params.json"
-_PART = re.compile(r"consolidated\.(\d+)\.pth")
 _FLOATS = {"F16", "BF16", "F32"}
-
-
-def part_files(folder: Path) -> list[Path]:
-    """The parts of an original checkpoint, in order; none when `folder` is no such checkpoint."""
-    return sorted((file for file in folder.glob("consolidated.*.pth") if _PART.fullmatch(file.name)), key=_number)
-
-
-def _number(file: Path) -> int:
-    match = _PART.fullmatch(file.name)
-    assert match is not None
-    return int(match[1])
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -76,7 +64,7 @@ def open_original(folder: Path) -> OriginalCheckpoint:
     Raises ModelNotFoundError for a missing file, CorruptFileError for parts that are damaged or do not fit together.
     """
     parts = _open_parts(folder)
-    params = _read_params(folder)
+    params = read_object(folder / PARAMS)
     shapes = _whole_shapes(folder, parts)
     _check_count(folder, len(parts), shapes)
     architecture = from_params(params, shapes, str(folder))
@@ -95,7 +83,7 @@ def _open_parts(folder: Path) -> tuple[Checkpoint, ...]:
         raise ModelNotFoundError(
             f"{folder} holds no consolidated.NN.pth.", "Name the folder of an original checkpoint."
         )
-    missing = sorted(set(range(_number(files[-1]) + 1)) - set(map(_number, files)))
+    missing = sorted(set(range(part_number(files[-1]) + 1)) - set(map(part_number, files)))
     if missing:
         raise CorruptFileError(
             f"{folder} has {files[-1].name}, but lacks consolidated.{missing[0]:02}.pth.", "Fetch the missing part."
@@ -132,19 +120,6 @@ def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
                 f"{name} is {stored.dtype} in {first.path.name}, but {other.tensors[name].dtype} in {other.path.name}.",
                 "Take all parts from one checkpoint.",
             )
-
-
-def _read_params(folder: Path) -> dict[str, Any]:
-    file = folder / PARAMS
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise ModelNotFoundError(f"{folder} has no {PARAMS}.", "Put the one that came with the parts there.") from error
-    except (OSError, ValueError) as error:
-        raise CorruptFileError(f"{file} cannot be read: {error}.", "Fetch the file again.") from error
-    if not isinstance(content, dict):
-        raise CorruptFileError(f"{file} holds no object.", "Fetch the file again.")
-    return content
 
 
 def _whole_shapes(folder: Path, parts: Sequence[Checkpoint]) -> dict[str, tuple[int, ...]]:

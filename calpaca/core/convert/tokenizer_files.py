@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calpaca.core.convert.json_file import read_object
 from calpaca.core.convert.llama3_tokenizer import Ranks, hugging_face_files, is_ranks, ranks_of, read_ranks
 from calpaca.core.convert.llama_tokenizer import sentencepiece_files
-from calpaca.core.errors import CorruptFileError, ModelNotFoundError
+from calpaca.core.errors import ModelNotFoundError
 from calpaca.core.tokenizer import load_tokenizer
 
 MODEL_FILE = "tokenizer.model"
@@ -104,10 +105,4 @@ def original_tokenizer(folder: Path) -> dict[str, bytes]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise CorruptFileError(f"{file} is no valid JSON: {error}.", "Fetch the file again.") from error
-    return content
+    return read_object(file) if file.is_file() else {}
