@@ -299,8 +299,11 @@ class Engine(Protocol):
         prompt and answer do not fit; both before anything runs."""
         ...
 
-    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
-        """Token ids of `text` as it stands; `special_tokens` adds what the tokenizer puts around a text (bos)."""
+    def encode(self, text: str | tuple[str, ...], *, special_tokens: bool = False) -> list[int]:
+        """Token ids of `text` as it stands; `special_tokens` adds what the tokenizer puts around a text (bos).
+
+        Several parts are one text in which no control token is seen across a border; see `ChatTemplate.parts`.
+        """
         ...
 
     def decode(self, token_ids: list[int]) -> str: ...

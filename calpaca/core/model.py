@@ -76,8 +76,8 @@ class Model:
         )
 
     def message_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Token ids of the rendered prompt, exactly as `chat` sends them."""
-        return self.engine.encode(self.template.render(messages, tools))
+        """Token ids of the rendered prompt, exactly as `chat` sends them: no message can spell a control token."""
+        return self.engine.encode(self.template.parts(messages, tools))
 
     def close(self) -> None:
         self.engine.close()

@@ -2,13 +2,19 @@
 
 The tokenizer's own Jinja template is used where there is one; named ones serve models that bring none. Messages are
 plain dicts: `{"role": "system"|"user"|"assistant"|"tool", "content": str, "tool_calls": [...]}`.
+
+Only the template itself may write control tokens, such as the one that ends a turn. A message that spells one (a document
+that says `<|im_end|>`) is shown to the model as the text it is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +25,9 @@ Message = Mapping[str, Any]
 ALPACA_SYSTEM = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
+_PRIVATE_USE = range(0xE000, 0xF900)
+"""Characters without a meaning of their own; one that occurs nowhere marks where a text is cut."""
+
 LLAMA2_ZH_SYSTEM = "You are a helpful assistant. 你是一个乐于助人的助手。"
 
 
@@ -71,13 +80,15 @@ class ChatTemplate:
     """Renders messages for one model.
 
     `source` is Jinja; `special_tokens` maps `bos_token`, `eos_token` … to their texts. `options` are passed to the
-    template on every call (for example `enable_thinking=False`).
+    template on every call (for example `enable_thinking=False`). `control_tokens` are the texts that the tokenizer takes
+    for control tokens wherever they stand.
     """
 
     source: str
     special_tokens: Mapping[str, str]
     stop: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    control_tokens: frozenset[str] = frozenset()
 
     @property
     def takes_tools(self) -> bool:
@@ -91,14 +102,46 @@ class ChatTemplate:
         Messages may stand in any order: runs of one role are merged and system texts are put first, since many
         templates demand that. Raises ModelError when the template cannot render them.
         """
+        return "".join(self.parts(messages, tools, answer=answer))
+
+    def parts(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, answer: bool = True
+    ) -> tuple[str, ...]:
+        """The prompt text as `Tokenizer.encode` takes it: cut inside every control token that messages or tools spell.
+
+        One part, unless there is such a text.
+        """
+        described = messages if self.takes_tools else describe_tools(messages, tools)
+        turns = normalise(described, keep_tool_messages=self.takes_tools)
+        schemas = [dict(tool) for tool in tools] if self.takes_tools else []
+        texts = list(_texts([turns, schemas]))
+        beginning = self._control_token
+        if beginning is None or not any(beginning.search(text) for text in texts):
+            return (self._rendered(turns, schemas, answer),)
+        unused = next(
+            sign for sign in map(chr, _PRIVATE_USE) if not any(sign in text for text in (self.source, *texts))
+        )
+        turns, schemas = _with_texts([turns, schemas], lambda text: beginning.sub(rf"\g<0>{unused}", text))
+        return tuple(self._rendered(turns, schemas, answer).split(unused))
+
+    @cached_property
+    def _control_token(self) -> re.Pattern[str] | None:
+        """Finds the first character of every control token, also of those that overlap."""
+        rests: dict[str, list[str]] = defaultdict(list)
+        for token in sorted(self.control_tokens):
+            if len(token) > 1:
+                rests[token[0]].append(re.escape(token[1:]))
+        alternatives = [f"{re.escape(first)}(?={'|'.join(each)})" for first, each in rests.items()]
+        return re.compile("|".join(alternatives)) if alternatives else None
+
+    def _rendered(self, turns: list[dict[str, Any]], schemas: list[dict[str, Any]], answer: bool) -> str:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        described = messages if self.takes_tools else describe_tools(messages, tools)
         try:
             rendered, _ = render_jinja_template(
-                conversations=[normalise(described, keep_tool_messages=self.takes_tools)],
-                tools=[dict(tool) for tool in tools] if tools and self.takes_tools else None,
+                conversations=[turns],
+                tools=schemas or None,
                 chat_template=self.source,
                 add_generation_prompt=answer,
                 **{**self.special_tokens, **self.options},
@@ -109,6 +152,27 @@ class ChatTemplate:
             ) from error
         text: str = rendered[0]
         return text
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in nested lists and dicts, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.items():
+            yield from _texts(list(item))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of nested lists and dicts with every text changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_with_texts(key, change): _with_texts(each, change) for key, each in value.items()}
+    return [_with_texts(each, change) for each in value] if isinstance(value, list | tuple) else value
 
 
 def no_template() -> ChatTemplate:

@@ -17,20 +17,27 @@ from calpaca.core.errors import CorruptFileError, ModelError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_CONTROL_FORM = re.compile(r"<[|｜].+[|｜]>")
+"""How tokens that structure a conversation are written; some tokenizers, DeepSeek's for one, do not flag them."""
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. `special_tokens` maps `bos_token`, `eos_token` … to their texts."""
+    """Text to ids and back. `special_tokens` maps `bos_token`, `eos_token` … to their texts; `control_tokens` are the
+    texts of all tokens that steer the model instead of being text."""
 
     special_tokens: Mapping[str, str]
+    control_tokens: frozenset[str]
     chat_template: str | None
 
     def __len__(self) -> int:
         """Number of tokens, added ones included: the largest id plus one."""
         ...
 
-    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
-        """Ids of `text`; texts of special tokens become their ids. `special_tokens` adds bos where the model has it."""
+    def encode(self, text: str | tuple[str, ...], *, special_tokens: bool = False) -> list[int]:
+        """Ids of `text`; texts of special tokens become their ids. `special_tokens` adds bos where the model has it.
+
+        Several parts are one text, except that a special token whose text is cut by a border is ordinary text.
+        """
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -126,20 +133,38 @@ class SentencePieceTokenizer:
         self._special_ids = {self._added[text] for text in self.special_tokens.values() if text in self._added}
         self._special_ids |= set(control.values())
         self._texts = {index: text for text, index in self._added.items()}
+        self.control_tokens = self._find_control_tokens(config)
+        self._control_ids = {self.token_id(text) for text in self.control_tokens} - {self._pieces.unk_id()}
         longest_first = sorted(self._added, key=len, reverse=True)
         self._split = re.compile("|".join(re.escape(text) for text in longest_first)) if longest_first else None
+
+    def _find_control_tokens(self, config: Mapping[str, Any]) -> frozenset[str]:
+        """Added tokens, unless they are said to be ordinary, and pieces that users defined."""
+        described = config.get("added_tokens_decoder", {}).values()
+        ordinary = {token["content"] for token in described if not token.get("special", True)}
+        pieces = map(self._pieces.id_to_piece, range(len(self._pieces)))
+        return frozenset(self._added.keys() - ordinary | set(filter(_CONTROL_FORM.fullmatch, (*self._added, *pieces))))
 
     def __len__(self) -> int:
         return max(len(self._pieces), *(index + 1 for index in self._added.values()), 0)
 
-    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
+    def encode(self, text: str | tuple[str, ...], *, special_tokens: bool = False) -> list[int]:
         ids = [self._pieces.bos_id()] if special_tokens and self._add_bos else []
-        position = 0
-        for match in self._split.finditer(text) if self._split else ():
-            ids += self._pieces.encode(text[position : match.start()])
-            ids.append(self._added[match.group()])
-            position = match.end()
-        ids += self._pieces.encode(text[position:])
+        run: list[str] = []  # what stands between two added tokens, perhaps in several parts
+        for part in (text,) if isinstance(text, str) else text:
+            position = 0
+            for match in self._split.finditer(part) if self._split else ():
+                ids += self._encode_run([*run, part[position : match.start()]])
+                ids.append(self._added[match.group()])
+                run, position = [], match.end()
+            run.append(part[position:])
+        return ids + self._encode_run(run)
+
+    def _encode_run(self, run: list[str]) -> list[int]:
+        """SentencePiece finds no control piece in a text, but it does find those that users defined: these are cut."""
+        ids: list[int] = self._pieces.encode("".join(run))
+        if len(run) > 1 and not self._control_ids.isdisjoint(ids):
+            return [index for part in run for index in self._pieces.encode(part)]
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -216,11 +241,19 @@ class TransformersTokenizer:
         self.special_tokens: Mapping[str, str] = {
             name: text for name in SPECIAL_NAMES if (text := getattr(self.hf, name, None))
         }
+        self.control_tokens = frozenset(
+            token.content
+            for token in self.hf.added_tokens_decoder.values()
+            if token.special or _CONTROL_FORM.fullmatch(token.content)
+        )
 
     def __len__(self) -> int:
         return len(self.hf)
 
-    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
+    def encode(self, text: str | tuple[str, ...], *, special_tokens: bool = False) -> list[int]:
+        if isinstance(text, tuple):
+            first = self.encode(text[0], special_tokens=special_tokens)
+            return first + [index for part in text[1:] for index in self.encode(part)]
         ids: list[int] = self.hf.encode(text, add_special_tokens=special_tokens, verbose=False)
         return ids
 

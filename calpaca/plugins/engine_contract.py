@@ -60,6 +60,7 @@ class EngineContract:
     def test_text_survives_encoding(self, engine: Engine) -> None:
         for text in (*PROMPTS, "你好，世界 🦙 ok?"):
             assert engine.decode(engine.encode(text)) == text
+            assert engine.decode(engine.encode((text[:2], text[2:]))) == text
 
     def test_max_new_tokens_ends_an_answer(self, engine: Engine) -> None:
         for length in (1, 5):

@@ -102,8 +102,8 @@ class FakeEngine:
             context_length=self._context_length, max_logprobs=20, grammars=frozenset({"json_schema", "regex", "lark"})
         )
 
-    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:  # noqa: ARG002  # it has none
-        return list(text.encode())
+    def encode(self, text: str | tuple[str, ...], *, special_tokens: bool = False) -> list[int]:  # noqa: ARG002  # it has none
+        return list("".join(text).encode())
 
     def decode(self, token_ids: list[int]) -> str:
         return bytes(token for token in token_ids if token < 256).decode(errors="replace")

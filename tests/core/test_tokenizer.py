@@ -7,57 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from calpaca.core.catalogue import WheelFile
 from calpaca.core.engine import Grammar
-from calpaca.core.errors import CorruptFileError, DownloadError, ModelError, UnsupportedError, UsageError
+from calpaca.core.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
 from calpaca.core.grammar import GrammarCompiler
-from calpaca.core.paths import cache_dir
 from calpaca.core.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from calpaca.core.wheels import _extract
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared test data (../shared/data) is not here")
-
-
-MISTRAL_PIECES = WheelFile(
-    package="mistral-common",
-    version="1.13.1",
-    wheel="mistral_common-1.13.1-py3-none-any.whl",
-    wheel_sha256="98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
-    wheel_size=6589302,
-    member="mistral_common/data/tokenizer.model.v1",
-    sha256="dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
-    size=493_443,
-)
-
-
-@pytest.fixture(scope="module")
-def mistral_pieces() -> Path:
-    """A LLaMA-style vocabulary of 32,000 SentencePiece pieces."""
-    target = cache_dir() / "test-assets" / "mistral-v1.model"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _extract(MISTRAL_PIECES, target)
-        except DownloadError as error:
-            pytest.skip(f"the 32,000-piece vocabulary cannot be fetched: {error}")
-    return target
-
-
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory, mistral_pieces: Path) -> Path:
-    """A LLaMA-style vocabulary with the Chinese pieces appended, as the Chinese-LLaMA merge script does it."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    base = sentencepiece_model_pb2.ModelProto.FromString(mistral_pieces.read_bytes())
-    chinese = sentencepiece_model_pb2.ModelProto.FromString((DATA / "chinese_sp.model").read_bytes())
-    known = {piece.piece for piece in base.pieces}
-    for piece in chinese.pieces:
-        if piece.piece not in known:
-            base.pieces.add(piece=piece.piece, score=0.0)
-    folder = tmp_path_factory.mktemp("merged")
-    (folder / "tokenizer.model").write_bytes(base.SerializeToString())
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ class TransformersEngine:
             details={"device": str(self._device), "dtype": str(self._weights.model.dtype).removeprefix("torch.")},
         )
 
-    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
+    def encode(self, text: str | tuple[str, ...], *, special_tokens: bool = False) -> list[int]:
         return self._tokenizer.encode(text, special_tokens=special_tokens)
 
     def decode(self, token_ids: list[int]) -> str:
@@ -223,7 +223,9 @@ def _chat_template(weights: LoadedWeights, chosen: NamedTemplate | None) -> Chat
     """The template that was chosen, else the tokenizer's own; a model without one can still continue text."""
     tokenizer = weights.tokenizer
     if chosen is not None:
-        return ChatTemplate(chosen.source, tokenizer.special_tokens, chosen.stop)
+        return ChatTemplate(
+            chosen.source, tokenizer.special_tokens, chosen.stop, control_tokens=tokenizer.control_tokens
+        )
     if tokenizer.chat_template:
-        return ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+        return ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, control_tokens=tokenizer.control_tokens)
     return no_template()
