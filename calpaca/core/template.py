@@ -9,6 +9,7 @@ that says `<|im_end|>`) is shown to the model as the text it is.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import defaultdict
@@ -16,9 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calpaca.core.errors import ModelError, UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from calpaca.core.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 
@@ -250,3 +254,34 @@ def describe_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any
         'To call one, answer with <tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>'
     )
     return [{"role": "system", "content": text}, *messages]
+
+
+def choose_template(tokenizer: Tokenizer, chosen: NamedTemplate | None = None) -> ChatTemplate:
+    """The template that was chosen, else the tokenizer's own; a model without one can still continue text."""
+    own = NamedTemplate(tokenizer.chat_template) if tokenizer.chat_template else None
+    named = chosen or own
+    if named is None:
+        return no_template()
+    return ChatTemplate(named.source, tokenizer.special_tokens, named.stop, control_tokens=tokenizer.control_tokens)
+
+
+def find_template(path: Path) -> str | None:
+    """The source of the template that a model folder, adapter folder or GGUF file brings; None when it brings none."""
+    from calpaca.core.gguf import read_header
+    from calpaca.core.tokenizer import stored_template
+
+    if path.is_dir():
+        return stored_template(path)
+    source = read_header(path).metadata.get("tokenizer.chat_template")
+    return str(source) if source is not None else None
+
+
+def template_name(source: str) -> str | None:
+    """The name of a built-in template with this source."""
+    return next((name for name, template in NAMED_TEMPLATES.items() if template.source == source), None)
+
+
+def template_digest(template: str | Path) -> str | None:
+    """sha256 of a template's source, or of the one that a folder or GGUF file brings; None when it brings none."""
+    source = find_template(template) if isinstance(template, Path) else template
+    return hashlib.sha256(source.encode()).hexdigest() if source is not None else None

@@ -91,6 +91,11 @@ def _added_tokens(folder: Path) -> dict[str, int]:
     return added
 
 
+def stored_template(folder: Path) -> str | None:
+    """The chat template that lies in a folder. Reads no vocabulary."""
+    return _chat_template(folder, _read_json(folder / "tokenizer_config.json"))
+
+
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """A `chat_template.jinja` beside the tokenizer, or the template in its configuration."""
     file = folder / "chat_template.jinja"

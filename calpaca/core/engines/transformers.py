@@ -18,7 +18,7 @@ from calpaca.core.engines.row import Row
 from calpaca.core.errors import CalpacaError, ContextOverflowError, MissingExtraError, ModelError, UsageError
 from calpaca.core.files import ModelFiles
 from calpaca.core.grammar import KINDS, GrammarCompiler
-from calpaca.core.template import ChatTemplate, NamedTemplate, no_template
+from calpaca.core.template import NamedTemplate, choose_template
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ class TransformersEngine:
         self._weights = weights
         self._tokenizer = weights.tokenizer
         self._device = weights.model.device
-        self.template = _chat_template(weights, template)
+        self.template = choose_template(weights.tokenizer, template)
         self._eos_ids = frozenset(weights.eos_ids)
         self._grammars = GrammarCompiler(weights.tokenizer, weights.vocabulary_size, list(weights.eos_ids))
         self._waiting: deque[Row] = deque()
@@ -217,15 +217,3 @@ def _translated(error: Exception) -> ModelError:
             f"There is not enough memory: {reason}", "Use --dtype bfloat16, a shorter prompt or a smaller model."
         )
     return ModelError(f"The model failed: {reason or type(error).__name__}", "Set CALPACA_DEBUG=1 to see where.")
-
-
-def _chat_template(weights: LoadedWeights, chosen: NamedTemplate | None) -> ChatTemplate:
-    """The template that was chosen, else the tokenizer's own; a model without one can still continue text."""
-    tokenizer = weights.tokenizer
-    if chosen is not None:
-        return ChatTemplate(
-            chosen.source, tokenizer.special_tokens, chosen.stop, control_tokens=tokenizer.control_tokens
-        )
-    if tokenizer.chat_template:
-        return ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, control_tokens=tokenizer.control_tokens)
-    return no_template()
