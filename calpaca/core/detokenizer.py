@@ -13,7 +13,7 @@ class Detokenizer:
     """Turns token ids into text incrementally.
 
     A token may hold part of a character (Chinese, emoji): its text is given once the character is whole. The text of
-    all calls together is `decode(prompt + tokens)` without `decode(prompt)`.
+    all calls together is `decode(prompt + tokens)` without `decode(prompt)`; a text of its own has no prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:

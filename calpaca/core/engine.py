@@ -63,6 +63,8 @@ class Request:
     """One generation. `prompt` is text, tokenised as it stands, or token ids.
 
     `adapter` names a loaded adapter; `cache_key` groups requests that share a prefix, for engines that cache by key.
+    `new_text` says that the answer is a text of its own (a chat's) and does not continue the prompt's: the space that
+    SentencePiece puts before every text is then left out.
     """
 
     prompt: str | tuple[int, ...]
@@ -70,6 +72,7 @@ class Request:
     grammar: Grammar | None = None
     adapter: str | None = None
     cache_key: str | None = None
+    new_text: bool = False
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,9 @@ class Model:
         from dataclasses import replace
 
         stops = tuple(dict.fromkeys((*sampling.stop, *self.template.stop)))
-        return self.engine.submit(
-            Request(tuple(self.message_ids(messages, tools)), replace(sampling, stop=stops), grammar)
-        )
+        to_the_letter = grammar is not None and grammar.kind == "regex"  # it may ask for a space
+        prompt = tuple(self.message_ids(messages, tools))
+        return self.engine.submit(Request(prompt, replace(sampling, stop=stops), grammar, new_text=not to_the_letter))
 
     def message_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids of the rendered prompt, exactly as `chat` sends them: no message can spell a control token."""

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from calpaca.core.engine import Request, Sampling
+from calpaca.core.engine import Grammar, Request, Sampling
 from calpaca.core.engines.transformers import TransformersEngine, open_engine
 from calpaca.core.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
 from calpaca.core.files import ModelFiles
+from calpaca.core.model import Model
 from calpaca.core.runtime import Runtime
 from calpaca.core.settings import Settings
 from calpaca.core.spec import ModelSpec
+from calpaca.core.template import named_template
+from calpaca.core.tokenizer import load_tokenizer
 from calpaca.testing import EngineContract
 
 
@@ -192,3 +195,43 @@ def copy_of(model: Path, tmp_path: Path) -> Path:
     for file in model.iterdir():
         (folder / file.name).symlink_to(file.resolve())
     return folder
+
+
+@pytest.fixture
+def parrot(small_pieces: Path, tmp_path: Path) -> Iterator[Model]:
+    """A Llama with a SentencePiece vocabulary whose likeliest token is always the same word with a space before it."""
+    import shutil
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copy(small_pieces / "tokenizer.model", tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            parameter.zero_()
+        llama.model.embed_tokens.weight.fill_(1.0)
+        llama.model.norm.weight.fill_(1.0)
+        llama.lm_head.weight[tokenizer.token_id("▁observatory")] = 1.0
+    llama.save_pretrained(tmp_path)
+    files = ModelFiles(
+        "parrot", ModelSpec(device="cpu", dtype="float32"), tmp_path, (), tmp_path, named_template("llama2-zh")
+    )
+    engine = open_engine(files, Runtime(Settings()))
+    yield Model("parrot", files.spec, engine, engine.template, files)
+    engine.close()
+
+
+def test_a_chats_answer_begins_without_the_space_of_sentencepiece(parrot: Model) -> None:
+    sampling = Sampling(max_new_tokens=3)
+    question = [{"role": "user", "content": "What is on the hill?"}]
+    assert [chunk.text for chunk in parrot.chat(question, sampling)] == ["observatory", " observatory", " observatory"]
+    assert parrot.generate("On the hill is the", sampling).result().text == " observatory observatory observatory"
+    assert parrot.chat(question, Sampling(stop=("observatory o",))).result().text == ""
+    ordered = Grammar("regex", " observatory")
+    assert parrot.chat(question, sampling, grammar=ordered).result().text == " observatory"

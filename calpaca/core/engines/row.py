@@ -38,7 +38,7 @@ class Row:
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._matcher = matcher
-        self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._detokenizer = Detokenizer(tokenizer, () if request.new_text else prompt)
         self._scanner = StopScanner(request.sampling.stop)
         self._pending: list[int] = []
         self._pending_logprobs: list[TokenLogprob] = []

@@ -49,7 +49,7 @@ class _Answer:
         self.mark("total")
         steps = {"intermediate_steps": self.texts} if self.strategy == "refine" else {}
         return {
-            "answer": self.texts[-1].strip() if self.texts else "",
+            "answer": self.texts[-1] if self.texts else "",
             "strategy": self.strategy,
             "sources": [_as_json(source) for source in self.sources],
             **steps,
