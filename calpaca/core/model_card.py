@@ -1,29 +1,34 @@
-"""What a model on disk is: architecture, size, vocabulary, context length, dtype, licence, fingerprint.
+"""What a model on disk is: architecture, size, vocabulary, template, adapters, lineage, memory needed, fingerprint.
 
-Read from headers and configuration files alone: no weights are loaded and no torch is needed.
+Read from headers and configuration files alone: no weights are loaded, and no torch is needed but for `.bin` and `.pth`.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from calpaca.core.adapter_card import AdapterCard, read_adapter_card
 from calpaca.core.catalogue import ENTRIES
-from calpaca.core.checkpoint.dtypes import NAMES
-from calpaca.core.checkpoint.safetensors import read_tensors
+from calpaca.core.checkpoint.manifest import Lineage, read_manifest
 from calpaca.core.errors import CorruptFileError
-from calpaca.core.fingerprint import fingerprint, model_files
-from calpaca.core.gguf import read_header
+from calpaca.core.fingerprint import file_digest, fingerprint, model_files
+from calpaca.core.known_files import identify
+from calpaca.core.memory import EMBEDDINGS, MemoryNeed, memory_needs
+from calpaca.core.model_facts import ModelFacts, read_facts, read_json
 from calpaca.core.sources import Found
+from calpaca.core.template import template_digest, template_name
+from calpaca.core.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """None where the files do not say. `size` is bytes on disk, `context_length` tokens, `base` an adapter's base."""
+    """None where the files do not say. `size` is bytes on disk, `context_length` tokens, `base` an adapter's base.
+
+    `vocabulary` counts embedding rows, `tokens` those of the tokenizer. `template` is the name of a built-in one,
+    `template_sha256` the digest of any. `known` says of files by name what they are by published sums.
+    """
 
     name: str
     path: Path
@@ -34,107 +39,90 @@ class ModelCard:
     architecture: str | None = None
     parameters: int | None = None
     vocabulary: int | None = None
+    tokens: int | None = None
     context_length: int | None = None
     dtype: str | None = None
+    template: str | None = None
+    template_sha256: str | None = None
     licence: str | None = None
     base: str | None = None
+    adapter: AdapterCard | None = None
+    lineage: Lineage | None = None
+    memory: tuple[MemoryNeed, ...] = ()
+    known: Mapping[str, str] | None = None
+    advice: str | None = None
 
 
 def read_card(found: Found) -> ModelCard:
-    """Describe a model folder, an adapter folder or a GGUF file. Raises CorruptFileError or ModelNotFoundError."""
-    return _folder_card(found) if found.path.is_dir() else _gguf_card(found)
+    """Describe a model folder, an adapter folder, an original LLaMA folder or a GGUF file.
 
-
-def _folder_card(found: Found) -> ModelCard:
-    adapter = _read_json(found.path / "adapter_config.json")
-    config = _read_json(found.path / "config.json")
-    text = config.get("text_config", config)  # models for several media nest the language model
-    counts = _count_elements(found.path)
-    names = config.get("architectures") or ([adapter["peft_type"]] if "peft_type" in adapter else [None])
+    Raises CorruptFileError or ModelNotFoundError.
+    """
+    path = found.path
+    facts = read_facts(path)
+    files = model_files(path) if path.is_dir() else [path]
+    manifest = read_manifest(path) if path.is_dir() else None
+    is_adapter = facts.format == "adapter"
+    names = facts.config.get("architectures") or [facts.adapter.get("peft_type")]
     return ModelCard(
         name=found.name,
-        path=found.path,
+        path=path,
         source=found.source,
-        format="adapter" if adapter and not config else "hf",
-        size=sum(file.stat().st_size for file in model_files(found.path)),
-        fingerprint=fingerprint(found.path),
+        format=facts.format,
+        size=sum(file.stat().st_size for file in files),
+        fingerprint=fingerprint(path),
         architecture=names[0],
-        parameters=counts.total() or None,
-        vocabulary=text.get("vocab_size"),
-        context_length=text.get("max_position_embeddings"),
-        dtype=_main_dtype(counts) or config.get("dtype") or config.get("torch_dtype"),
-        licence=_catalogue_licence(found) or _readme_licence(found.path),
-        base=adapter.get("base_model_name_or_path"),
+        parameters=facts.elements.total() or None,
+        vocabulary=_rows(facts) or facts.config.get("vocab_size"),
+        tokens=_tokens(path, facts),
+        context_length=facts.config.get("max_position_embeddings"),
+        dtype=facts.dtype,
+        template=template_name(facts.template) if facts.template is not None else None,
+        template_sha256=template_digest(facts.template) if facts.template is not None else None,
+        licence=_catalogue_licence(found) or facts.licence,
+        base=facts.adapter.get("base_model_name_or_path"),
+        adapter=read_adapter_card(path, facts.adapter) if facts.adapter else None,
+        lineage=manifest.lineage if manifest is not None else None,
+        memory=memory_needs(facts.shapes, facts.config) if facts.shapes and not is_adapter else (),
+        known=_known(files),
+        advice=f"Convert it: calpaca models convert {path} --output DIR" if facts.format == "pth" else None,
     )
 
 
-def _gguf_card(found: Found) -> ModelCard:
-    header = read_header(found.path)
-    metadata = header.metadata
-    context_length = header.of_architecture("context_length")
-    return ModelCard(
-        name=found.name,
-        path=found.path,
-        source=found.source,
-        format="gguf",
-        size=found.path.stat().st_size,
-        fingerprint=fingerprint(found.path),
-        architecture=str(metadata["general.architecture"]) if "general.architecture" in metadata else None,
-        parameters=header.parameters,
-        vocabulary=header.arrays.get("tokenizer.ggml.tokens"),
-        context_length=int(context_length) if context_length is not None else None,
-        dtype=header.main_type,
-        licence=_catalogue_licence(found) or str(metadata.get("general.license") or "") or None,
-    )
+def _rows(facts: ModelFacts) -> int | None:
+    """Rows of the input embeddings."""
+    return next((shape[0] for name, shape in facts.shapes.items() if name.endswith(EMBEDDINGS)), None)
 
 
-def stored_dtype(path: Path) -> str | None:
-    """What most weights of a folder or file are stored as: `bfloat16`, or ggml's name such as `Q4_1`."""
-    if path.suffix == ".gguf":
-        main = read_header(path).main_type
-        return NAMES.get(main, main) if main is not None else None
-    return _main_dtype(_count_elements(path))
+def _known(files: list[Path]) -> dict[str, str] | None:
+    named = {file.name: identify(file_digest(file)) for file in files}
+    return {name: what for name, what in named.items() if what is not None} or None
 
 
-def _count_elements(folder: Path) -> Counter[str]:
-    """Elements of each dtype over all safetensors files; empty for a model in `.bin` files."""
-    counts: Counter[str] = Counter()
-    for file in model_files(folder):
-        if file.suffix == ".safetensors":
-            for tensor in read_tensors(file).values():
-                counts[tensor.dtype] += tensor.elements
-    return counts
-
-
-def _main_dtype(counts: Counter[str]) -> str | None:
-    most = counts.most_common(1)
-    return NAMES.get(most[0][0], most[0][0]) if most else None
-
-
-def _read_json(file: Path) -> Mapping[str, Any]:
-    """The object in the file; an empty one where there is no file."""
-    if not file.is_file():
-        return {}
+def _tokens(path: Path, facts: ModelFacts) -> int | None:
+    """Tokens of the tokenizer that lies in a folder or GGUF file: the largest id plus one."""
+    if path.is_file():
+        return facts.config.get("vocab_size")
+    if (path / "tokenizer.json").is_file() and not (path / "tokenizer.model").is_file():
+        return _tokens_of_json(path / "tokenizer.json")
     try:
-        value = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise CorruptFileError(f"{file} is not valid JSON: {error}.", "Fetch the file again.") from error
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{file} holds no JSON object.", "Fetch the file again.")
-    return value
+        return len(load_tokenizer(path)) if (path / "tokenizer.model").is_file() else None
+    except ModuleNotFoundError:  # SentencePiece is not installed
+        return None
+
+
+def _tokens_of_json(file: Path) -> int:
+    """Its vocabulary is an object (BPE, WordPiece) or a list in the order of the ids (Unigram)."""
+    content = read_json(file)
+    try:
+        vocabulary = content["model"]["vocab"]
+        ids = vocabulary.values() if isinstance(vocabulary, Mapping) else range(len(vocabulary))
+        added = [token["id"] for token in content.get("added_tokens", ())]
+        return max((*ids, *added), default=-1) + 1
+    except (KeyError, TypeError) as error:
+        raise CorruptFileError(f"{file} is no tokenizer: {error}.", "Fetch the file again.") from error
 
 
 def _catalogue_licence(found: Found) -> str | None:
     entry = ENTRIES.get(found.name)
     return entry.licence if entry is not None and found.source != "local" else None
-
-
-def _readme_licence(folder: Path) -> str | None:
-    """`license:` in the front matter of a hub's model card."""
-    readme = folder / "README.md"
-    if not readme.is_file():
-        return None
-    _, _, rest = readme.read_text("utf-8", errors="replace").partition("---\n")
-    front = rest.partition("\n---")[0]
-    lines = (line.partition(":") for line in front.splitlines())
-    return next((value.strip() for key, _, value in lines if key == "license"), None)

@@ -18,7 +18,7 @@ from calpaca.core.compare.outputs import Ids, Outputs, run
 from calpaca.core.compare.tensors import TensorComparison, compare_tensors
 from calpaca.core.errors import UsageError
 from calpaca.core.files import ModelFiles, find_files
-from calpaca.core.model_card import stored_dtype
+from calpaca.core.model_facts import read_facts
 from calpaca.core.sources import resolve_model
 from calpaca.core.spec import AdapterSpec, ModelSpec
 from calpaca.core.tokenizer import Tokenizer, load_tokenizer
@@ -189,7 +189,7 @@ def changes_logits(base: ModelSpec, adapter: AdapterSpec, runtime: Runtime, prom
 def _compare(a: ModelSpec, b: ModelSpec, runtime: Runtime, options: CompareOptions) -> Comparison:
     files_a, files_b = find_files(a, runtime), find_files(b, runtime)
     sources = [resolve_model(spec.model, runtime, revision=spec.revision).path for spec in (a, b)]
-    tensors = _compare_tensors((a, b), sources) if options.tensors else None
+    tensors = _compare_tensors((files_a, files_b), sources) if options.tensors else None
     tokenizers = _tokenizer(files_a), _tokenizer(files_b)
     probes = [_probe(prompt, *tokenizers) for prompt in options.prompts or PROMPTS]
     ids = [probe.ids for probe in probes]
@@ -213,11 +213,11 @@ def _compare(a: ModelSpec, b: ModelSpec, runtime: Runtime, options: CompareOptio
     )
 
 
-def _compare_tensors(specs: Sequence[ModelSpec], sources: Sequence[Path]) -> TensorComparison | None:
+def _compare_tensors(models: tuple[ModelFiles, ModelFiles], sources: Sequence[Path]) -> TensorComparison | None:
     """None where a side has adapters or is a GGUF file: its tensors are not those that are computed with."""
-    if any(spec.adapters for spec in specs) or any(path.suffix == ".gguf" for path in sources):
+    if any(files.adapters for files in models) or any(path.suffix == ".gguf" for path in sources):
         return None
-    return compare_tensors(*sources)
+    return compare_tensors(models[0].weights, models[1].weights)
 
 
 def _rounded_to(specs: Sequence[ModelSpec], sources: Sequence[Path]) -> list[str | None]:
@@ -225,7 +225,7 @@ def _rounded_to(specs: Sequence[ModelSpec], sources: Sequence[Path]) -> list[str
 
     Adapters that are not merged are not rounded, so their base's format makes no difference.
     """
-    stored = [stored_dtype(path) for spec, path in zip(specs, sources, strict=True) if not spec.adapters]
+    stored = [read_facts(path).dtype for spec, path in zip(specs, sources, strict=True) if not spec.adapters]
     return [*(spec.quantization for spec in specs), *stored]
 
 
