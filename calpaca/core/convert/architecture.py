@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, Literal
 
 from calpaca.core.convert.names import EMBEDDINGS, NORM, OUTPUT, layer_of, names
@@ -17,8 +16,8 @@ LLAMA3_THETA = 500_000.0
 _THETA = 10_000.0
 _LONGEST = {"llama3": 131_072, "3": 8192, "code": 16_384, "2": 4096, "1": 2048}  # tokens, by generation
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-_MULTIPLES = (256, 4096, 1024, 2048, 512, 128, 64, 32, 16, 8, 4, 2, 1)
-_MULTIPLIERS = (None, 1.3, 1.5, 1.2, 1.05, 1.1, 1.4)
+_PUBLISHED = ((256, None), (256, 1.5), (4096, 1.3), (1024, 1.3))
+"""`multiple_of` and `ffn_dim_multiplier` of Meta's models."""
 _KEEP_HF = "Keep it as a Hugging Face folder, or export it to GGUF: calpaca models export"
 
 
@@ -273,11 +272,12 @@ def _feed_forward(hidden: int, intermediate: int) -> tuple[int, float | None]:
     Its rule: two thirds of 4 * dim, times the multiplier, rounded up to a multiple. Meta's own pairs are tried first.
     """
     two_thirds = 8 * hidden // 3
-    for multiplier, multiple in product(_MULTIPLIERS, _MULTIPLES):
+    plain = ((2**power, None) for power in range(7, -1, -1))
+    for multiple, multiplier in (*_PUBLISHED, *plain):
         if _feed_forward_size(two_thirds, multiplier, multiple) == intermediate:
             return multiple, multiplier
     multiple = intermediate & -intermediate  # the largest power of two in it
-    return multiple, (intermediate - multiple / 2) / two_thirds
+    return multiple, (intermediate - multiple / 2 + 1) / two_thirds
 
 
 def _feed_forward_size(two_thirds: int, multiplier: float | None, multiple: int) -> int:

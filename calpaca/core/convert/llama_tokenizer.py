@@ -19,7 +19,7 @@ from typing import Any
 from calpaca.core.errors import CorruptFileError, MissingExtraError, ModelError
 from calpaca.core.tokenizer import Tokenizer, load_tokenizer
 
-_NORMAL, _UNKNOWN, _CONTROL = 1, 2, 3  # types of pieces in sentencepiece_model.proto
+_NORMAL, _UNKNOWN, _CONTROL, _BY_USERS = 1, 2, 3, 4  # types of pieces in sentencepiece_model.proto
 _BPE = 2  # trainer_spec.model_type
 _PAD_PIECES = ("[PAD]", "<pad>")
 _PROBES, _PIECES_OF_A_PROBE = 1000, 30
@@ -167,7 +167,8 @@ def _differences(folder: Path, tokenizer: Tokenizer, proto: Any) -> Iterator[str
 
 
 def _probes(proto: Any) -> Iterator[str]:
-    """Texts of random pieces, half of them from pieces that share their score with others, which is where ids differ."""
+    """Texts of random pieces, half of them from pieces that share their score with others, which is where ids differ;
+    and texts with each piece that users defined."""
     normal = [piece for piece in proto.pieces if piece.type == _NORMAL]
     counts = Counter(piece.score for piece in normal)
     tied = [piece for piece in normal if counts[piece.score] > 1]
@@ -175,6 +176,7 @@ def _probes(proto: Any) -> Iterator[str]:
     for number in range(_PROBES):
         pieces = chance.choices(tied if tied and number % 2 else normal, k=_PIECES_OF_A_PROBE)
         yield "".join(piece.piece for piece in pieces).replace("▁", " ")
+    yield from (f"a{piece.piece}b {piece.piece} c" for piece in proto.pieces if piece.type == _BY_USERS)
 
 
 def _token_text(token: Any) -> str | None:

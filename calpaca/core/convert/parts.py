@@ -228,8 +228,9 @@ def _originals(
 ) -> tuple[dict[str, PlannedTensor], Architecture]:
     """Whole tensors by original name, still with Hugging Face's order of rows."""
     by_name = {tensor.name: tensor for tensor in tensors if not is_buffer(tensor.name)}
-    if HF_OUTPUT not in by_name and HF_EMBEDDINGS in by_name:
-        by_name[HF_OUTPUT] = replace(by_name[HF_EMBEDDINGS], name=HF_OUTPUT)  # tied: one matrix serves as both
+    tied = config.get("tie_word_embeddings") is not False
+    if HF_OUTPUT not in by_name and HF_EMBEDDINGS in by_name and tied:
+        by_name[HF_OUTPUT] = replace(by_name[HF_EMBEDDINGS], name=HF_OUTPUT)
     kind = (config.get("architectures") or [config.get("model_type", "model")])[0]
     whole: dict[str, PlannedTensor] = {}
     for name, tensor in by_name.items():
