@@ -629,3 +629,43 @@ def test_an_original_checkpoint_loads_as_a_model_and_is_converted_once(
         assert not caplog.text
         with pytest.raises(UnsupportedError, match="13B is an original LLaMA checkpoint and there is no GGUF file"):
             resolve_model(str(original), runtime, format="gguf")
+
+
+def test_a_loaded_original_checkpoint_computes_what_it_should(
+    tmp_path: Path, own_cache: Path, small_pieces: Path
+) -> None:
+    """As Meta ships it: the tokenizer lies in the folder above the parts."""
+    from calpaca.core.files import find_files
+    from calpaca.core.spec import ModelSpec
+    from calpaca.core.weights import load_weights
+
+    params = Params(vocab_size=2000, n_kv_heads=4)
+    weights = random_weights(params, torch.float32)
+    original = save_parts(tmp_path / "llama" / "7B", weights, params, 2)
+    shutil.copy(small_pieces / "tokenizer.model", original.parent)
+    with Runtime(Settings()) as runtime:
+        loaded = load_weights(find_files(ModelSpec(model=str(original), dtype="float32", device="cpu"), runtime))
+    token_ids = loaded.tokenizer.encode("The observatory opens at night.", special_tokens=True)
+    assert token_ids[0] == 1
+    assert loaded.eos_ids == (2,)
+    with torch.inference_mode():
+        found = loaded.model(torch.tensor([token_ids])).logits[0]
+    torch.testing.assert_close(found, reference_logits(weights, params, token_ids), atol=2e-4, rtol=1e-4)
+
+
+def test_a_tokenizer_that_is_too_long_for_the_embeddings_is_refused(original: Path, small_pieces: Path) -> None:
+    shutil.copy(small_pieces / "tokenizer.model", original)
+    assert "The tokenizer has 2000 tokens, but the model only 101 embedding rows" in refusal(original, ModelError)
+
+
+def test_a_tokenizer_elsewhere_can_be_named(tmp_path: Path, convert: Convert, small_pieces: Path) -> None:
+    params = Params(vocab_size=2000)
+    original = save_parts(tmp_path / "7B", random_weights(params, torch.float16), params, 1)
+    assert any("--tokenizer" in note for note in plan_conversion(original).notes)
+    folder = convert(original, "hf", tokenizer=small_pieces)
+    assert (folder / "tokenizer.model").read_bytes() == (small_pieces / "tokenizer.model").read_bytes()
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((folder / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+    assert "holds no tokenizer" in refusal(original, ModelNotFoundError, tokenizer=tmp_path)
+    back = convert(folder, "back", form="pth")
+    assert (back / "tokenizer.model").read_bytes() == (small_pieces / "tokenizer.model").read_bytes()

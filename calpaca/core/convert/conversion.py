@@ -39,6 +39,7 @@ from calpaca.core.convert.tokenizer_files import (
 )
 from calpaca.core.errors import ModelError, ModelNotFoundError, UsageError
 from calpaca.core.fingerprint import model_files
+from calpaca.core.tokenizer import has_tokenizer, load_tokenizer
 from calpaca.core.weights import check_vocabulary
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def plan_conversion(path: Path, target: Target | None = None) -> Conversion:
     source = identify(path)
     if _is_already(source, target):
         return Conversion(source, target, None)
-    model = _read_original(source.path, target) if source.kind == "pth" else _read_hugging_face(source)
+    model = _read_original(source.path, target) if source.kind == "pth" else _read_hugging_face(source, target)
     tensors = tuple(_cast(tensor, target.dtype) for tensor in model.tensors)
     config = dict(model.config) | _dtype_of(model.config, tensors)
     model = replace(model, tensors=tensors, config=config)
@@ -190,15 +191,16 @@ def _find_tokenizer(folder: Path, found: Architecture, target: Target) -> Tokeni
     return None
 
 
-def _read_hugging_face(source: Source) -> _Model:
+def _read_hugging_face(source: Source, target: Target) -> _Model:
     folder = gguf.hf_folder(source.path) if source.kind == "gguf" else source.path
     checkpoint, config = open_checkpoint(folder), read_object(folder / "config.json")
     tensors = tuple(copied(checkpoint, name) for name in checkpoint.tensors if not is_buffer(name))
-    if not any((folder / name).is_file() for name in ("tokenizer.json", MODEL_FILE)):
+    if not has_tokenizer(folder):
         return _Model(folder, tensors, config, None, ("The model has no tokenizer beside it.",))
-    tokenizer = find_tokenizer(folder)
+    tokenizer = find_tokenizer(folder) if target.to == "hf" else None
     if HF_EMBEDDINGS in checkpoint.tensors:
-        check_vocabulary(tokenizer.size, checkpoint.tensors[HF_EMBEDDINGS].shape[0])
+        size = tokenizer.size if tokenizer else len(load_tokenizer(folder))
+        check_vocabulary(size, checkpoint.tensors[HF_EMBEDDINGS].shape[0])
     return _Model(folder, tensors, config, tokenizer)
 
 

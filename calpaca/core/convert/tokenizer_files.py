@@ -16,7 +16,7 @@ from calpaca.core.convert.json_file import read_object
 from calpaca.core.convert.llama3_tokenizer import Ranks, hugging_face_files, is_ranks, ranks_of, read_ranks
 from calpaca.core.convert.llama_tokenizer import sentencepiece_files
 from calpaca.core.errors import ModelNotFoundError
-from calpaca.core.tokenizer import load_tokenizer
+from calpaca.core.tokenizer import Tokenizer, load_tokenizer
 
 MODEL_FILE = "tokenizer.model"
 HF_FILES = (
@@ -67,10 +67,7 @@ def _of_sentencepiece(model: Path, folder: Path | None) -> TokenizerFiles:
     template = folder / "chat_template.jinja" if folder else None
     if template is not None and template.is_file():
         texts["chat_template.jinja"] = template.read_bytes()
-    ids = {
-        f"{name}_id": tokenizer.token_id(text) for name, text in tokenizer.special_tokens.items() if name != "unk_token"
-    }
-    return TokenizerFiles(texts, len(tokenizer), {name: index for name, index in ids.items() if index is not None})
+    return TokenizerFiles(texts, len(tokenizer), _special_ids(tokenizer))
 
 
 def _of_ranks(ranks: Ranks, model: Path, llama31: bool, instruct: bool) -> TokenizerFiles:
@@ -81,11 +78,7 @@ def _of_ranks(ranks: Ranks, model: Path, llama31: bool, instruct: bool) -> Token
 def _as_it_is(folder: Path) -> TokenizerFiles:
     """Files of a tokenizer that has no SentencePiece model: they are what transformers reads."""
     tokenizer = load_tokenizer(folder)
-    texts = {name: (folder / name).read_bytes() for name in (*HF_FILES, MODEL_FILE) if (folder / name).is_file()}
-    ids = {
-        f"{name}_id": tokenizer.token_id(text) for name, text in tokenizer.special_tokens.items() if name != "unk_token"
-    }
-    return TokenizerFiles(texts, len(tokenizer), {name: index for name, index in ids.items() if index is not None})
+    return TokenizerFiles(_beside(folder), len(tokenizer), _special_ids(tokenizer))
 
 
 def original_tokenizer(folder: Path) -> dict[str, bytes]:
@@ -94,14 +87,23 @@ def original_tokenizer(folder: Path) -> dict[str, bytes]:
     A Llama 3 tokenizer gets its `tokenizer.model` back from `tokenizer.json`. One that has no such form keeps the files
     that it has.
     """
-    texts = {name: (folder / name).read_bytes() for name in (*HF_FILES, MODEL_FILE) if (folder / name).is_file()}
-    if MODEL_FILE not in texts and "tokenizer.json" in texts:
-        ranks = ranks_of(json.loads(texts["tokenizer.json"]))
-        if ranks is not None:
-            texts[MODEL_FILE] = ranks.to_bytes()
-    if MODEL_FILE in texts and not is_ranks(folder / MODEL_FILE):
-        texts.pop("tokenizer.json", None)  # made anew from the pieces where that is exact
+    texts = _beside(folder)
+    if MODEL_FILE in texts:
+        if not is_ranks(folder / MODEL_FILE):
+            texts.pop("tokenizer.json", None)  # made anew from the pieces where that is exact
+    elif "tokenizer.json" in texts and (ranks := ranks_of(json.loads(texts["tokenizer.json"]))) is not None:
+        texts[MODEL_FILE] = ranks.to_bytes()
     return texts
+
+
+def _beside(folder: Path) -> dict[str, bytes]:
+    """The tokenizer's files in a folder, as they are."""
+    return {name: (folder / name).read_bytes() for name in (*HF_FILES, MODEL_FILE) if (folder / name).is_file()}
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
+    ids = {f"{name}_id": tokenizer.token_id(text) for name, text in tokenizer.special_tokens.items()}
+    return {name: index for name, index in ids.items() if index is not None and name != "unk_token_id"}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
