@@ -101,7 +101,9 @@ def settings_page() -> str:
 
     rows = [f"| `{name}` | {default} | {text} |" for name, default, text in fields(settings.Settings)]
     head = "| setting | default | |\n| --- | --- | --- |\n"
-    return f"# Settings\n\n{inspect.getdoc(settings)}\n\n{head}" + "\n".join(rows) + "\n" + ENVIRONMENT
+    variables = "\n".join(f"| `{name}` | {text} |" for name, text in settings.VARIABLES.items())
+    environment = ENVIRONMENT.format(variables=variables)
+    return f"# Settings\n\n{inspect.getdoc(settings)}\n\n{head}" + "\n".join(rows) + f"\n{environment}"
 
 
 ENVIRONMENT = """
@@ -110,11 +112,7 @@ ENVIRONMENT = """
 | variable | |
 | --- | --- |
 | `CALPACA_…` | Any setting above in capitals, sections with two underscores: `CALPACA_SAMPLING__TOP_K=40`. |
-| `CALPACA_PLUGINS` | Names of the plugins to load, separated by commas; empty for none but the built-in one. |
-| `CALPACA_CACHE` | Folder for downloads, converted models and indexes. |
-| `CALPACA_DATA` | Folder for the job ledger. |
-| `CALPACA_CONFIG` | Folder of the user's `config.toml`. |
-| `CALPACA_DEBUG` | `1` shows tracebacks and other libraries' warnings. |
+{variables}
 | `HF_ENDPOINT` | Mirror of the Hugging Face hub. |
 
 ## Example

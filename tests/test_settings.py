@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from calpaca.core import paths
+from calpaca.core import paths, settings
 from calpaca.core.errors import UsageError
 from calpaca.core.paths import atomic_file, atomic_folder
 from calpaca.core.settings import Settings, read_settings, user_file
@@ -92,6 +93,57 @@ def test_a_wrong_environment_variable_is_named_as_such(monkeypatch) -> None:
         read_settings()
     assert "sampling" in caught.value.message
     assert "TOML" not in caught.value.message
+
+
+def warnings_about(variable: str, caplog: pytest.LogCaptureFixture) -> list[str]:
+    settings._check_variable.cache_clear()
+    caplog.clear()
+    read_settings()
+    read_settings()
+    return [record.getMessage() for record in caplog.records if variable in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("variable", "suggestion"),
+    [
+        ("CALPACA_MODLE", "Did you mean CALPACA_MODEL?"),
+        ("CALPACA_PLUGIN", "Did you mean CALPACA_PLUGINS?"),
+        ("CALPACA_MODELS", "Did you mean CALPACA_MODEL?"),
+        ("CALPACA_CACHE_DIR", "Did you mean CALPACA_CACHE?"),
+        ("CALPACA_TEMPERATURE", "Did you mean CALPACA_SAMPLING__TEMPERATURE?"),
+        ("CALPACA_QQQQ", "`calpaca settings` lists the known ones."),
+    ],
+)
+def test_a_variable_that_nothing_reads_is_named_once(variable, suggestion, monkeypatch, caplog) -> None:
+    monkeypatch.setenv(variable, "1")
+    assert warnings_about(variable, caplog) == [f"Nothing reads the environment variable {variable}. {suggestion}"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        *((name, "1") for name in settings.VARIABLES if name != "CALPACA_CONFIG"),
+        ("CALPACA_MODEL", "x"),
+        ("calpaca_hub_timeout", "1"),
+        ("CALPACA_SAMPLING", '{"top_k": 4}'),
+        ("CALPACA_SAMPLING__TOP_K", "4"),
+        ("CALPACA_PLUGINS__MINE__KEY", "1"),
+        ("CALPACA_MODELS__A__MODEL", "x"),
+        ("CALPACA_APPS__A__APP", "x"),
+    ],
+)
+def test_variables_that_are_read_are_not_remarked(variable, value, monkeypatch, caplog) -> None:
+    monkeypatch.setenv(variable, value)
+    assert warnings_about("", caplog) == []
+
+
+def test_every_variable_that_the_code_reads_is_described() -> None:
+    root = Path(__file__).parents[1]
+    code = "".join(
+        file.read_text(encoding="utf-8") for folder in ("calpaca", "plugins") for file in (root / folder).rglob("*.py")
+    )
+    read = set(re.findall(r"""(?:environ(?:\.get)?[(\[]|getenv\(|secret_from_env\()"(CALPACA_[A-Z_]+)""", code))
+    assert read == set(settings.VARIABLES)
 
 
 def test_a_file_in_another_encoding_is_a_clear_error() -> None:

@@ -2,11 +2,14 @@
 
 A value is taken from, in order: the typed option, the environment (`CALPACA_MODEL`, nested names with two underscores:
 `CALPACA_SAMPLING__TEMPERATURE`), `calpaca.toml` in the current folder, `config.toml` in the user's configuration
-folder, the default here.
+folder, the default here. A variable `CALPACA_…` that nothing reads is named in one line.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,20 @@ from calpaca.core.errors import UsageError, nearest
 from calpaca.core.paths import config_dir
 from calpaca.core.spec import ModelSpec
 
+log = logging.getLogger("calpaca")
+
 PROJECT_FILE = Path("calpaca.toml")
+PREFIX = "CALPACA_"
+
+VARIABLES = {
+    "CALPACA_PLUGINS": "Names of the plugins to load, separated by commas; empty for none but the built-in one.",
+    "CALPACA_CACHE": "Folder for downloads, converted models and indexes.",
+    "CALPACA_DATA": "Folder for the job ledger.",
+    "CALPACA_CONFIG": "Folder of the user's `config.toml`.",
+    "CALPACA_API_KEY": "Key of the LangChain classes for engines that ask a server.",
+    "CALPACA_DEBUG": "`1` shows tracebacks and other libraries' warnings.",
+}
+"""Variables that are no settings, and what each is for."""
 
 
 class SamplingSettings(BaseModel):
@@ -47,7 +63,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         frozen=True,
         extra="forbid",
-        env_prefix="CALPACA_",
+        env_prefix=PREFIX,
         env_nested_delimiter="__",
         nested_model_default_partial_update=True,
     )
@@ -76,11 +92,14 @@ class Settings(BaseSettings):
         return (init_settings, _SettingsEnvironment(settings_cls), *files)
 
 
+_TABLES = frozenset({"models", "apps", "plugins"})
+
+
 class _SettingsEnvironment(EnvSettingsSource):
     """`CALPACA_PLUGINS`, `CALPACA_MODELS` and `CALPACA_APPS` are no settings: the first limits which plugins load."""
 
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        if field_name in {"plugins", "models", "apps"}:
+        if field_name in _TABLES:
             return None, field_name, False
         return super().get_field_value(field, field_name)
 
@@ -94,6 +113,9 @@ def read_settings(**options: Any) -> Settings:
 
     Raises UsageError that names the file or setting, and the nearest known name for an unknown one.
     """
+    for variable in sorted(map(str.upper, os.environ)):
+        if variable.startswith(PREFIX):
+            _check_variable(variable)
     try:
         return Settings(**options)
     except ValidationError as error:
@@ -114,6 +136,19 @@ def read_settings(**options: Any) -> Settings:
         raise UsageError(
             f"A settings file is not valid TOML: {error}.", f"Check {PROJECT_FILE} and {user_file()}."
         ) from error
+
+
+@cache  # said once, however often the settings are read
+def _check_variable(variable: str) -> None:
+    """One line about a variable that nothing reads; wrong names within a section are refused with the settings."""
+    section, nested, _ = variable.removeprefix(PREFIX).lower().partition("__")
+    known = {*VARIABLES, *(PREFIX + name.upper() for name in Settings.model_fields.keys() - _TABLES)}
+    if variable in known or (nested and section in {"sampling", *_TABLES}):
+        return
+    known |= {f"{PREFIX}SAMPLING__{name.upper()}" for name in SamplingSettings.model_fields}
+    match = nearest(variable.removeprefix(PREFIX), [name.removeprefix(PREFIX) for name in known])
+    suggestion = f"Did you mean {PREFIX}{match}?" if match else "`calpaca settings` lists the known ones."
+    log.warning("Nothing reads the environment variable %s. %s", variable, suggestion)
 
 
 def _known_names(location: tuple[int | str, ...]) -> list[str]:
