@@ -15,7 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calpaca.core.errors import AdapterError, CorruptFileError, UnsupportedError
+from calpaca.core.checkpoint.reader import Checkpoint, open_checkpoint
+from calpaca.core.errors import AdapterError, UnsupportedError
 from calpaca.core.files import AdapterFiles
 from calpaca.core.tokenizer import has_tokenizer, load_tokenizer
 
@@ -25,9 +26,17 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+HEAD = "lm_head.weight"
+"""The output layer, which may be tied to the input embeddings and then is not stored."""
+
 _PREFIX = re.compile(r"^base_model\.model\.")
+_NAMED = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta)\.(?!weight$|bias$)\w+"
+)
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.\w+)?|token_adapter\.base_layer)\.(weight|bias)$")
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(\.weight)?$")
 _VOCABULARY = re.compile(r"(^|\.)(embed_tokens|lm_head)\.weight$")
+_ADDITIONS = (".lora_", ".trainable_tokens_")  # parts of names that change a weight instead of replacing it
 
 
 @dataclass(frozen=True)
@@ -46,11 +55,14 @@ class Adapter:
             raise AdapterError(f"{self.files.path} holds no adapter_config.json.", "Name an adapter folder.") from None
         except ValueError as error:
             raise AdapterError(f"{path} is no valid JSON: {error}.", "Fetch the adapter again.") from error
-        kind = config.get("peft_type")
+        kind = config.get("peft_type") if isinstance(config, dict) else None
         if kind != "LORA":
             raise UnsupportedError(f"Adapter {self.files.name} is of type {kind}.", "LoRA adapters are supported.")
-        if not isinstance(config.get("r"), int):
-            raise AdapterError(f"{path} states no rank ('r').", "Take the file that was saved with the adapter.")
+        for key, meaning in (("r", "rank"), ("lora_alpha", "alpha")):
+            if not isinstance(config.get(key), int | float):
+                raise AdapterError(
+                    f"{path} states no {meaning} ('{key}').", "Take the file that was saved with the adapter."
+                )
         return config
 
     @cached_property
@@ -63,37 +75,46 @@ class Adapter:
         )
 
     @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The tensors in the file, by the names they have there. Raises CorruptFileError when it is damaged."""
+        return open_checkpoint(self.weights)
+
+    @cached_property
+    def keys(self) -> Mapping[str, str]:
+        """Name of every tensor in the base model: its name in the file.
+
+        Every version of PEFT's names is understood. Of a module that was trained whole and lies in the file more than
+        once, the trained one is taken. Raises AdapterError for two tensors that claim one place.
+        """
+        keys: dict[str, str] = {}
+        for key in sorted(self.checkpoint.tensors, key=_certainty):
+            name = own_name(key)
+            if name not in keys:
+                keys[name] = key
+            elif _certainty(key) == _certainty(keys[name]):
+                raise AdapterError(
+                    f"{self.weights} holds two tensors for {name}: {keys[name]} and {key}.",
+                    "Save each adapter to a folder of its own.",
+                )
+        return keys
+
+    @cached_property
     def shapes(self) -> Shapes:
         """Shape of every tensor, by its name in the base model."""
-        if self.weights.suffix == ".bin":
-            return {name: tuple(tensor.shape) for name, tensor in self.tensors().items()}
-        from safetensors import SafetensorError, safe_open
+        return {name: self.checkpoint.tensors[key].shape for name, key in self.keys.items()}
 
-        try:
-            with safe_open(self.weights, framework="numpy") as file:
-                return {_own_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CorruptFileError(f"{self.weights} is damaged: {error}.", "Fetch the adapter again.") from error
+    @property
+    def replaced(self) -> Shapes:
+        """Those tensors that take the place of the base's, whole."""
+        return {name: shape for name, shape in self.shapes.items() if is_replacement(name)}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor with this name in the base model, on the CPU."""
+        return self.checkpoint.read(self.keys[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, on the CPU, by their names in the base model. Pickled code is refused, never run."""
-        import pickle
-
-        import torch
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            if self.weights.suffix == ".bin":
-                loaded = torch.load(self.weights, map_location="cpu", weights_only=True, mmap=True)
-            else:
-                loaded = load_file(self.weights)
-        except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).split("\n", maxsplit=1)[0]
-            raise CorruptFileError(
-                f"{self.weights} is damaged, or holds code instead of tensors: {reason}", "Fetch the adapter again."
-            ) from error
-        return {_own_name(name): tensor for name, tensor in loaded.items()}
+        """All tensors, on the CPU, by their names in the base model."""
+        return {name: self.read(name) for name in self.keys}
 
     @cached_property
     def vocabulary_rows(self) -> int | None:
@@ -106,10 +127,21 @@ class Adapter:
         return len(load_tokenizer(self.files.path)) if has_tokenizer(self.files.path) else None
 
 
-def _own_name(name: str) -> str:
-    """A tensor's name as the base model would call it."""
-    name = _PREFIX.sub("", name)
-    return re.sub(r"\.(base_layer|modules_to_save(\.\w+)?|original_module)\.(weight|bias)$", r".\3", name)
+def own_name(key: str) -> str:
+    """A tensor's name as the base model would call it, without prefixes, wrappers and the adapter's own name."""
+    name = _NAMED.sub(r".\1", _PREFIX.sub("", key))
+    name = name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name
+    return _WRAPPED.sub(r".\3", name).replace(".original_module.", ".")
+
+
+def is_replacement(name: str) -> bool:
+    """Whether a tensor of this name takes the place of the base's; the others add to it, or change some rows."""
+    return not any(part in name for part in _ADDITIONS)
+
+
+def _certainty(key: str) -> tuple[bool, bool]:
+    """Sorts the tensor that PEFT loads before the copies that it keeps beside it."""
+    return ".original_module." in key, ".modules_to_save." in key
 
 
 def check_adapters(adapters: Sequence[Adapter], base: Shapes, tokenizer_size: int) -> int:
@@ -119,17 +151,20 @@ def check_adapters(adapters: Sequence[Adapter], base: Shapes, tokenizer_size: in
     the fix.
     """
     check_order(adapters)
+    shapes = with_head(base)
     for adapter in adapters:
         if not adapter.shapes:
             raise AdapterError(
                 f"{adapter.weights} holds no tensors.", "Its training saved nothing; take another checkpoint."
             )
+        for name, shape in adapter.replaced.items():
+            _check_replacement(adapter, name, shape, shapes)
+        shapes = {**shapes, **adapter.replaced}
         for name, shape in adapter.shapes.items():
-            _check_tensor(adapter, name, shape, base)
+            if (match := _LORA.match(name)) is not None:
+                _check_low_rank(adapter, match["module"], match["part"], shape, shapes)
     rows = next((name for name in base if name.endswith("embed_tokens.weight")), None)
-    vocabulary = base[rows][0] if rows is not None else 0
-    for adapter in adapters:
-        vocabulary = adapter.vocabulary_rows or vocabulary
+    vocabulary = shapes[rows][0] if rows is not None else 0
     if adapters and tokenizer_size > vocabulary:
         raise AdapterError(
             f"The tokenizer has {tokenizer_size} tokens, but base and adapters together have {vocabulary} embedding"
@@ -152,12 +187,10 @@ def check_order(adapters: Sequence[Adapter]) -> None:
             )
 
 
-def _check_tensor(adapter: Adapter, name: str, shape: tuple[int, ...], base: Shapes) -> None:
-    match = _LORA.match(name)
-    if match is not None:
-        _check_low_rank(adapter, match["module"], match["part"], shape, base)
-    elif ".lora_" not in name and ".trainable_tokens_" not in name:
-        _check_replacement(adapter, name, shape, base)
+def with_head(base: Shapes) -> Shapes:
+    """The shapes with the output layer's, also where it is tied to the embeddings and not stored."""
+    embedding = next((shape for name, shape in base.items() if name.endswith("embed_tokens.weight")), None)
+    return dict(base) if embedding is None or HEAD in base else {**base, HEAD: embedding}
 
 
 def _check_low_rank(adapter: Adapter, module: str, part: str, shape: tuple[int, ...], base: Shapes) -> None:
@@ -165,27 +198,23 @@ def _check_low_rank(adapter: Adapter, module: str, part: str, shape: tuple[int, 
     weight = base.get(f"{module}.weight")
     if weight is None:
         raise _other_base(adapter, f"it changes {module}, which the base does not have")
+    if len(shape) != 2 or len(weight) != 2:
+        raise _other_base(adapter, f"its {module} is {list(shape)}, the base has {list(weight)}")
     rank_first = part.endswith("A")
     rank, size = (shape[0], shape[1]) if rank_first else (shape[1], shape[0])
-    ranks = {adapter.config["r"], *(adapter.config.get("rank_pattern") or {}).values()}
-    if rank not in ranks:
+    if rank not in {adapter.config["r"], *(adapter.config.get("rank_pattern") or {}).values()}:
         raise AdapterError(
             f"Adapter {adapter.files.name}: {module} has rank {rank}, but adapter_config.json says"
             f" r = {adapter.config['r']}.",
             "Take the adapter_config.json that was saved with these weights.",
         )
-    out_size, in_size = weight if not adapter.config.get("fan_in_fan_out") else weight[::-1]
-    if part.startswith("embedding"):
-        wanted = out_size if rank_first else in_size
-        wanted = adapter.vocabulary_rows or wanted if rank_first else wanted
-    else:
-        wanted = in_size if rank_first else out_size
-    if size != wanted and not (module.endswith("lm_head") and adapter.vocabulary_rows == size):
+    wanted = weight[1] if rank_first != part.startswith("embedding") else weight[0]
+    if size not in (weight if adapter.config.get("fan_in_fan_out") else {wanted}):
         raise _other_base(adapter, f"its {module} is for size {size}, the base has {wanted}")
 
 
 def _check_replacement(adapter: Adapter, name: str, shape: tuple[int, ...], base: Shapes) -> None:
-    own = base.get(name) or (base.get("model.embed_tokens.weight") if name == "lm_head.weight" else None)
+    own = base.get(name)
     if own is None:
         raise _other_base(adapter, f"it carries {name}, which the base does not have")
     same = shape[1:] == own[1:] if _VOCABULARY.search(name) else shape == own
@@ -243,7 +272,7 @@ def _replace_tensors(model: torch.nn.Module, adapters: Sequence[Adapter], states
     """Take whole tensors out of `states` and put the last one of each name into the model."""
     final: dict[str, tuple[Adapter, Tensor]] = {}
     for adapter, state in zip(adapters, states, strict=True):
-        for name in [name for name in state if ".lora_" not in name and ".trainable_tokens_" not in name]:
+        for name in filter(is_replacement, list(state)):
             final[name] = (adapter, state.pop(name))
     for name, (adapter, tensor) in final.items():
         if adapter.files.scale != 1.0:

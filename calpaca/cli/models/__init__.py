@@ -9,6 +9,7 @@ from calpaca.cli.models.catalogue import list_models
 from calpaca.cli.models.compare import compare
 from calpaca.cli.models.convert import convert
 from calpaca.cli.models.files import path, pull
+from calpaca.cli.models.merge import merge
 from calpaca.cli.models.show import show
 from calpaca.cli.models.verify import verify
 
@@ -21,5 +22,5 @@ def models() -> None:
     """
 
 
-for command in (list_models, pull, path, show, verify, compare, convert):
+for command in (list_models, pull, path, show, verify, compare, convert, merge):
     models.add_command(command)
