@@ -248,11 +248,9 @@ def _default_chat(runtime: Runtime) -> Found:
     wanted, embedded = catalogue.DEFAULT_CHAT, catalogue.EMBEDDED_CHAT
     try:
         return _obtain(wanted.name, wanted.origins, _sources(runtime), None)
-    except UnavailableError as error:
+    except UnavailableError:  # why is said in full by `calpaca models pull`
         logger.warning(
-            "Using %s, a very small model that knows English only: %s. Name a better one with --model.",
-            embedded.name,
-            error.message.rstrip("."),
+            "Using %s (very small, English only): %s could not be fetched from any hub.", embedded.name, wanted.name
         )
         return _obtain(embedded.name, embedded.origins, _sources(runtime), None)
 

@@ -196,8 +196,8 @@ def test_without_a_hub_the_default_is_the_embedded_model_with_a_notice(
         found = resolve_model(None, runtime)
     assert (found.name, found.path) == ("smollm2-135m-instruct", smollm2_gguf)
     (notice,) = [record.getMessage() for record in caplog.records if record.name == "calpaca"]
-    assert "Using smollm2-135m-instruct" in notice
-    assert "\n" not in notice
+    assert notice.startswith("Using smollm2-135m-instruct (very small, English only): ")
+    assert len(notice) < 120
 
 
 def test_offline_mode_asks_nobody(runtime, tmp_path: Path, monkeypatch) -> None:
