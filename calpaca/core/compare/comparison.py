@@ -236,7 +236,7 @@ def _tokenizer(files: ModelFiles) -> Tokenizer:
 def _probe(prompt: str, a: Tokenizer, b: Tokenizer) -> _Probe:
     """The ids of A's tokenizer, or of B's where A's are beyond B's vocabulary."""
     ids_a, ids_b = (tuple(each.encode(prompt, special_tokens=True)[:MOST_TOKENS]) for each in (a, b))
-    if not ids_a or not ids_b:
+    if not prompt or not ids_a or not ids_b:
         raise UsageError("A prompt is empty.", "Give at least one token of text with --prompt.")
     return _Probe(prompt, ids_a if max(ids_a) < len(b) else ids_b, ids_a == ids_b)
 
