@@ -430,6 +430,28 @@ def refusal(path: Path, kind: type[CalpacaError] = CalpacaError, **target: Any) 
     return str(caught.value)
 
 
+def test_an_original_checkpoint_verifies_against_the_manifest_of_its_hugging_face_form(
+    original: Path, folder: Path, tmp_path: Path
+) -> None:
+    assert verify(original, folder).passed
+    edit(original / "consolidated.01.pth", lambda part: part["layers.1.attention.wk.weight"][0].mul_(2))
+    (finding,) = verify(original, folder).findings
+    assert finding.tensors == ("model.layers.1.self_attn.k_proj.weight",)
+    assert finding.problem == "has other values"
+
+
+def test_a_checkpoint_of_tied_embeddings_verifies_too(convert: Convert, smollm2: Path) -> None:
+    original = convert(smollm2, "original", form="pth")
+    tied = convert(smollm2, "tied", shard_size=10**9)
+    assert "lm_head.weight" not in read_manifest(tied).tensors
+    assert verify(original, tied).passed
+
+
+def test_reading_an_original_checkpoint_as_a_hugging_face_folder_names_the_command_that_helps(original: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"calpaca models convert .* --output DIR"):
+        open_checkpoint(original)
+
+
 def test_a_missing_last_part_is_counted(original: Path) -> None:
     (original / "consolidated.01.pth").unlink()
     assert "1 of 2 parts" in (message := refusal(original, CorruptFileError))

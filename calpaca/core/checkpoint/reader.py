@@ -89,10 +89,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     single = next((path / name for name in _SINGLE if (path / name).is_file()), None)
     files = [single] if single is not None else _matching(path)
     if not files:
-        raise ModelNotFoundError(
-            f"{path} holds no weights (*.safetensors, pytorch_model*.bin).", "Name a model or adapter folder."
-        )
+        raise _no_weights(path)
     return Checkpoint(path, _joined(files))
+
+
+def _no_weights(path: Path) -> ModelNotFoundError:
+    if any(path.glob("consolidated.*.pth")):
+        return ModelNotFoundError(
+            f"{path} is an original LLaMA checkpoint (.pth), no Hugging Face folder.",
+            f"Convert it: calpaca models convert {path} --output DIR",
+        )
+    return ModelNotFoundError(
+        f"{path} holds no weights (*.safetensors, pytorch_model*.bin).", "Name a model or adapter folder."
+    )
 
 
 def read_file(file: Path) -> dict[str, StoredTensor]:

@@ -52,7 +52,8 @@ def verify(path: Path, against: Path | None = None) -> Verification:
     """Read every byte of a model folder or file and compare its digests; no remembered digest is trusted.
 
     Without `against` the folder's own manifest is taken. `against` may be a list in the form of `sha256sum`, or a
-    manifest (or a folder with one) of the same weights in any container, whose tensors are then compared.
+    manifest (or a folder with one) of the same weights in any container, whose tensors are then compared; those of an
+    original LLaMA checkpoint are compared as what they are at Hugging Face.
     Raises ModelNotFoundError or UsageError when there is nothing to compare with.
     """
     if against is None:
@@ -118,7 +119,7 @@ def _digests(file: Path) -> dict[str, str]:
 
 def _by_tensors(path: Path, manifest: Manifest) -> Verification:
     """Compare tensors alone: names, dtypes, shapes and bytes, whatever files they lie in."""
-    records = tensor_records(open_checkpoint(path))
+    records = _records(path, manifest)
     findings = [
         Finding(record.file, "holds tensors that the manifest does not know", (name,))
         for name, record in records.items()
@@ -134,6 +135,16 @@ def _by_tensors(path: Path, manifest: Manifest) -> Verification:
         elif record.sha256 != told.sha256:
             findings.append(Finding(record.file, "has other values", (name,)))
     return Verification("a manifest of the same weights", 0, len(manifest.tensors), tuple(findings))
+
+
+def _records(path: Path, manifest: Manifest) -> dict[str, TensorRecord]:
+    """The tensors of a model; those of original `.pth` parts joined, under the names that the manifest has."""
+    from calpaca.core.convert.digests import original_records
+    from calpaca.core.convert.source import is_original
+
+    if not is_original(path):
+        return tensor_records(open_checkpoint(path))
+    return original_records(path, tied="lm_head.weight" not in manifest.tensors)
 
 
 def _by_list(path: Path, listing: Path) -> Verification:
