@@ -122,6 +122,11 @@ class Adapter:
         rows = [shape[0] for name, shape in self.shapes.items() if _VOCABULARY.search(name)]
         return max(rows) if rows else None
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens that it was trained with, as far as its embeddings or its tokenizer tell."""
+        return self.vocabulary_rows or self.tokenizer_size
+
     @cached_property
     def tokenizer_size(self) -> int | None:
         return len(load_tokenizer(self.files.path)) if has_tokenizer(self.files.path) else None
@@ -175,16 +180,24 @@ def check_adapters(adapters: Sequence[Adapter], base: Shapes, tokenizer_size: in
 
 
 def check_order(adapters: Sequence[Adapter]) -> None:
-    """An adapter with a longer vocabulary was trained after one with a shorter, so it must not stand before it."""
-    for first, second in pairwise(adapters):
-        before = first.vocabulary_rows or first.tokenizer_size
-        after = second.vocabulary_rows or second.tokenizer_size
-        if before is not None and after is not None and before > after:
+    """Raise AdapterError, with the right order, when an adapter with a longer vocabulary stands before one with a
+    shorter: it was trained after it."""
+    known = [adapter for adapter in adapters if adapter.vocabulary is not None]
+    for first, second in pairwise(known):
+        if (first.vocabulary or 0) > (second.vocabulary or 0):
+            names = [adapters[at].files.name for at in vocabulary_order(adapters)]
             raise AdapterError(
-                f"The adapters stand in the wrong order: {first.files.name} has {before} tokens and"
-                f" {second.files.name}, after it, only {after}.",
-                f"Give them as --adapter {second.files.name} --adapter {first.files.name}.",
+                f"The adapters stand in the wrong order: {first.files.name} has {first.vocabulary} tokens and"
+                f" {second.files.name}, after it, only {second.vocabulary}.",
+                f"Give them as {' '.join(f'--adapter {name}' for name in names)}.",
             )
+
+
+def vocabulary_order(adapters: Sequence[Adapter]) -> list[int]:
+    """The adapters' positions by length of vocabulary; those that say nothing of theirs keep their places."""
+    known = [at for at, adapter in enumerate(adapters) if adapter.vocabulary is not None]
+    ordered = iter(sorted(known, key=lambda at: adapters[at].vocabulary or 0))
+    return [next(ordered) if at in known else at for at in range(len(adapters))]
 
 
 def with_head(base: Shapes) -> Shapes:

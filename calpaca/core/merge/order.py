@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calpaca.core.adapters import Adapter
+from calpaca.core.adapters import Adapter, check_order, vocabulary_order
 from calpaca.core.checkpoint.lineage import find_weights, input_of
 from calpaca.core.checkpoint.manifest import Input, Lineage, read_manifest
 from calpaca.core.errors import AdapterError
@@ -60,6 +60,15 @@ class _Position:
 
     def has_adapter(self, recorded: Input) -> bool:
         return any(_same(recorded, each) for each in (*self.base, *self.before) if each.role == "adapter")
+
+
+def check_vocabulary_order(files: ModelFiles, adapters: Sequence[Adapter], output: Path | None) -> None:
+    """`check_order`, with the whole command to type instead."""
+    try:
+        check_order(adapters)
+    except AdapterError as error:
+        right = merge_command(files, vocabulary_order(adapters), output)
+        raise AdapterError(error.message, f"Type: {right}") from error
 
 
 def lineage_problems(files: ModelFiles, adapters: Sequence[Adapter], output: Path | None) -> Iterator[AdapterError]:

@@ -31,7 +31,7 @@ from calpaca.core.files import ModelFiles
 from calpaca.core.merge.base_model import BaseModel, read_base
 from calpaca.core.merge.changes import Scratch
 from calpaca.core.merge.checks import Findings, check_effects, check_place
-from calpaca.core.merge.order import input_of_adapter, lineage_problems
+from calpaca.core.merge.order import check_vocabulary_order, input_of_adapter, lineage_problems
 from calpaca.core.merge.recipe import Accumulate, Recipe, check_rows, stages
 from calpaca.core.merge.texts import merged_config, merged_tokenizer, small_files, template_digest
 
@@ -114,7 +114,7 @@ def plan_merge(files: ModelFiles, output: Path | None, options: MergeOptions | N
     what cannot be planned; what could be written, but must not be, is in the plan's `problems`.
     """
     options = options or MergeOptions()
-    inputs = _read_inputs(files)
+    inputs = _read_inputs(files, output)
     steps = stages(inputs.base, inputs.adapters, code_of(options.dtype) if options.dtype is not None else None)
     rows = check_rows(steps[-1], inputs.base)
     model = _model_plan(inputs, steps[-1], options)
@@ -149,10 +149,11 @@ class _Inputs:
     tokenizer: TokenizerFiles | None
 
 
-def _read_inputs(files: ModelFiles) -> _Inputs:
+def _read_inputs(files: ModelFiles, output: Path | None) -> _Inputs:
     if not files.adapters:
         raise UsageError("There is nothing to merge.", "Name the adapters, in order, with --adapter.")
     base, adapters = read_base(files.weights), tuple(map(Adapter, files.adapters))
+    check_vocabulary_order(files, adapters, output)
     tokenizer = merged_tokenizer(files)
     size = tokenizer.size if tokenizer is not None else 0
     check_adapters(adapters, {name: stored.shape for name, stored in base.tensors.items()}, size)
