@@ -213,7 +213,7 @@ def test_a_truncated_adapter_and_a_pickle_with_code(base: Path, tmp_path: Path) 
     file = adapter / "adapter_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-4])
-    with pytest.raises(CorruptFileError, match="adapter_model.safetensors is truncated"):
+    with pytest.raises(CorruptFileError, match=r"adapter_model\.safetensors is truncated"):
         plan(base, adapter)
     file.unlink()
     torch.save({"weight": Path("code")}, adapter / "adapter_model.bin")
@@ -286,7 +286,7 @@ def test_bases_that_are_damaged(base: Path, tmp_path: Path) -> None:
     file = base / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-2])
-    with pytest.raises(CorruptFileError, match="model.safetensors is truncated"):
+    with pytest.raises(CorruptFileError, match=r"model\.safetensors is truncated"):
         plan(base, adapter)
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -297,7 +297,7 @@ def test_bases_that_are_damaged(base: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptFileError, match=r"has no lm_head.weight, though its configuration says"):
         plan(base, adapter)
     (base / "config.json").unlink()
-    with pytest.raises(ModelNotFoundError, match="has no config.json"):
+    with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
         plan(base, adapter)
 
 
