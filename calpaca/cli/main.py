@@ -23,6 +23,7 @@ COMMANDS = {
     "models": ("calpaca.cli.models:models", "List, fetch, describe, convert, merge, verify, compare and export models."),
     "plugins": ("calpaca.cli.plugins:plugins", "List the installed plugins and what is wrong with them."),
     "jobs": ("calpaca.cli.jobs:jobs", "List, explain and resume long runs."),
+    "bench": ("calpaca.cli.bench:bench", "Measure what runs fastest on this machine."),
     "settings": ("calpaca.cli.settings:settings", "Show the settings in force and where files lie."),
 }
 """Name: (import path, sentence). The sentences stand here so that `--help` imports no command."""

@@ -14,13 +14,15 @@ from calpaca.core.errors import MissingExtraError, PluginError, UsageError, unkn
 class Component:
     """A named part that a plugin offers: an import path instead of the thing itself, so that listing costs nothing.
 
-    `target` is `module:attribute`; `extra` names the optional dependency group of calpaca that `target` needs.
+    `target` is `module:attribute`; `extra` names the optional dependency group of calpaca that `target` needs, and
+    `packages` the import packages of it that tell whether it is installed.
     """
 
     name: str
     summary: str
     target: str
     extra: str | None = None
+    packages: tuple[str, ...] = ()
 
     def load(self) -> Any:
         """Import and return the target.
