@@ -335,6 +335,18 @@ def test_a_bin_folder_becomes_safetensors(convert: Convert, tmp_path: Path) -> N
     assert read_manifest(back).lineage.every()[-1].name == "one"
 
 
+def test_rotary_frequencies_of_old_files_are_left_out(convert: Convert, tmp_path: Path) -> None:
+    folder = convert(save_parts(tmp_path / "one", random_weights(MHA, torch.float16), MHA, 1), "hf")
+    old = tmp_path / "old"
+    old.mkdir()
+    checkpoint = open_checkpoint(folder)
+    state = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    torch.save(state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, old / "pytorch_model.bin")
+    shutil.copy(folder / "config.json", old)
+    assert read_manifest(convert(old, "new")).weights == read_manifest(folder).weights
+    assert read_manifest(convert(old, "pth", form="pth")).files.keys() == {"consolidated.00.pth", "params.json"}
+
+
 def test_another_dtype_rounds_once_and_refuses_what_does_not_fit(convert: Convert, tmp_path: Path) -> None:
     weights = random_weights(MHA, torch.float32)
     folder = convert(save_parts(tmp_path / "one", weights, MHA, 1), "bf16", dtype="bfloat16")

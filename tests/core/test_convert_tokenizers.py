@@ -120,13 +120,27 @@ def test_settings_of_the_source_are_kept(small_pieces: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_padding_piece_of_chinese_alpaca_is_its_pad_token(merged: Path, tmp_path: Path) -> None:
+    """Its tokenizer_config.json says null; its special tokens are written as transformers 4.28 did."""
     from sentencepiece import sentencepiece_model_pb2
+
+    def token(text: str) -> dict[str, Any]:
+        flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+        return {"__type": "AddedToken", "content": text, **flags}
 
     proto = sentencepiece_model_pb2.ModelProto.FromString((merged / "tokenizer.model").read_bytes())
     proto.pieces.add(piece="[PAD]", score=0.0)
     (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
-    files = find_tokenizer(tmp_path / "tokenizer.model")
-    assert files.special_ids["pad_token_id"] == len(proto.pieces) - 1 == files.size - 1
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": token("<s>"), "eos_token": token("</s>"),
+                    "unk_token": token("<unk>"), "pad_token": None, "add_bos_token": True, "use_fast": False})
+    )  # fmt: skip
+    files = find_tokenizer(tmp_path)
+    assert files.size == len(proto.pieces)
+    assert files.special_ids == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": files.size - 1}
+    special = json.loads(files.texts["special_tokens_map.json"])
+    assert special == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "[PAD]"}
+    found = loaded(tmp_path / "hf", dict(files.texts))
+    assert found.encode("但[PAD]")[-1] == found.pad_token_id == files.size - 1
 
 
 def test_a_damaged_model_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from calpaca.core.errors import CorruptFileError, MissingExtraError, ModelError
-from calpaca.core.tokenizer import Tokenizer, load_tokenizer
+from calpaca.core.tokenizer import SPECIAL_NAMES, Tokenizer, load_tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _BY_USERS = 1, 2, 3, 4  # types of pieces in sentencepiece_model.proto
 _BPE = 2  # trainer_spec.model_type
@@ -44,21 +44,15 @@ def sentencepiece_files(
     texts = {"tokenizer.model": model.read_bytes()}
     decoder = _added_tokens(proto, settings, added)
     config = _config(proto, settings, decoder)
-    texts["special_tokens_map.json"] = _json(
-        {name: config[name] for name in config if name.endswith("_token") and config[name]}
-    )
+    special = {name: _token_text(config[name]) for name in SPECIAL_NAMES if config.get(name)}
+    texts["special_tokens_map.json"] = _json(special)
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text('{"model_type": "llama"}')
-        fast = _fast(proto, config, decoder)
-        forms = [
-            *(
-                [{"tokenizer.json": fast.encode(), "tokenizer_config.json": _json(config | {"tokenizer_class": _FAST})}]
-                if fast
-                else []
-            )
-        ]
-        forms.append({"tokenizer_config.json": _json(config | _slow(config))})
+        forms = [{"tokenizer_config.json": _json(config | _slow(config))}]
+        if (fast := _fast(proto, config, decoder)) is not None:
+            fast_config = _json(config | {"tokenizer_class": _FAST})
+            forms.insert(0, {"tokenizer.json": fast.encode(), "tokenizer_config.json": fast_config})
         different = ""
         for form in forms:
             for file, content in (texts | form).items():
@@ -96,12 +90,17 @@ def _added_tokens(proto: Any, settings: Mapping[str, Any], added: Mapping[str, i
 
 
 def _config(proto: Any, settings: Mapping[str, Any], decoder: Mapping[str, Any]) -> dict[str, Any]:
-    """`tokenizer_config.json` but for the class: LLaMA's settings under those of the source."""
+    """`tokenizer_config.json` but for the class: LLaMA's settings under those of the source.
+
+    A pad token is looked for among the pieces where the settings have none: Chinese-LLaMA-Alpaca's say null beside
+    a vocabulary that has one.
+    """
     trainer, pieces = proto.trainer_spec, [piece.piece for piece in proto.pieces]
     ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "unk_token": trainer.unk_id}
     special: dict[str, Any] = {name: pieces[index] for name, index in ids.items() if 0 <= index < len(pieces)}
-    special["pad_token"] = next((pad for pad in _PAD_PIECES if pad in set(pieces)), None)
-    kept = {key: value for key, value in settings.items() if key not in _NOT_KEPT}
+    pad = next((pad for pad in _PAD_PIECES if pad in set(pieces)), None)
+    special |= {"pad_token": pad} if pad else {}
+    kept = {key: value for key, value in settings.items() if key not in _NOT_KEPT and value is not None}
     config = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False, **special, **kept}
     return config | {"added_tokens_decoder": decoder, "legacy": True}  # legacy: what SentencePiece itself does
 
