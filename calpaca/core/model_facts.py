@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from calpaca.core.checkpoint.dtypes import NAMES
+from calpaca.core.checkpoint.manifest import read_manifest
 from calpaca.core.checkpoint.reader import open_checkpoint, read_file
 from calpaca.core.checkpoint.tensor import StoredTensor
 from calpaca.core.convert.source import is_original
@@ -96,9 +97,12 @@ def _of_original(folder: Path) -> ModelFacts:
         original = open_original(folder)
     except ModuleNotFoundError:  # its parts need PyTorch
         return ModelFacts("pth")
+    manifest = read_manifest(folder)
+    told = manifest.lineage.settings.get("context_length") if manifest is not None else None
+    config = to_config(original.architecture, "", {})
     return ModelFacts(
         format="pth",
-        config=to_config(original.architecture, "", {}),
+        config={**config, "max_position_embeddings": told or config["max_position_embeddings"]},
         shapes={tensor.name: tensor.shape for tensor in original.tensors},
         elements=_count({tensor.name: (tensor.dtype, prod(tensor.shape)) for tensor in original.tensors}),
     )

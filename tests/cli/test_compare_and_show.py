@@ -55,7 +55,7 @@ def test_the_same_model_twice_is_the_same(calpaca, tiny: Path) -> None:
 def test_another_model_is_told_apart_with_exit_code_1(calpaca, tiny: Path, other: Path) -> None:
     result = calpaca("models", "compare", str(tiny), str(other), "--prompt", "Hi there", "--max-new-tokens", "3")
     assert result.code == 1
-    assert "more than the tolerance of 0.001" in result.out
+    assert "the tolerance is 0.001." in result.out
     assert "after 'Hi there' they part at token 0" in result.out
     assert "model.norm.weight: F32 [8], largest difference 2" in result.out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
@@ -15,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from calpaca.core import weights  # noqa: E402
 from calpaca.core.compare import CompareOptions, Comparison, changes_logits, compare  # noqa: E402
 from calpaca.core.compare.tensors import compare_tensors  # noqa: E402
 from calpaca.core.errors import CorruptFileError, ModelError, UsageError  # noqa: E402
@@ -139,6 +141,7 @@ def test_a_merge_that_forgot_one_of_two_adapters_is_found(
     result = compared(spec(base, first, second), merged, tolerance=1.0)
     assert not result.within_tolerance
     assert result.missing == ("second",)
+    assert result.problems == ("Without adapter second the models agree better: the other one lacks it.",)
 
 
 def test_a_weak_adapter_is_missed_even_where_rounding_is_coarser_than_what_it_does(
@@ -268,6 +271,22 @@ def test_named_models_of_the_settings_carry_their_adapters(
     options = CompareOptions(PROMPTS, new_tokens=0)
     assert compare(ModelSpec(model="mine"), spec(merged), runtime, options).within_tolerance
     assert not changes_logits(ModelSpec(model="mine"), AdapterSpec(source=str(first), scale=0), runtime, PROMPTS)
+
+
+def test_only_one_model_is_in_memory_at_a_time(base: Path, first: Path, compared, monkeypatch) -> None:
+    load_weights = weights.load_weights
+    loaded: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def load(files):
+        alive.append(sum(each() is not None for each in loaded))
+        result = load_weights(files)
+        loaded.append(weakref.ref(result.model))
+        return result
+
+    monkeypatch.setattr(weights, "load_weights", load)
+    compared(spec(base, first), base)
+    assert alive == [0, 0]
 
 
 # ---- numbers that are not finite ---------------------------------------------------------------------------------

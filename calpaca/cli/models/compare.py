@@ -71,10 +71,9 @@ def _spec(name: str, adapters: tuple[str, ...], device: str, dtype: str) -> Mode
 def _print(result: Comparison) -> None:
     click.echo(f"A  {result.a} ({result.dtype_a}, {result.rows_a:,} logits)")
     click.echo(f"B  {result.b} ({result.dtype_b}, {result.rows_b:,} logits)\n")
-    verdict = "within" if result.relative <= result.tolerance else "more than"
     click.echo(
         f"Largest logit difference  {result.largest:.4g}, {result.relative:.2e} of the largest logit"
-        f" ({result.scale:.3g}): {verdict} the tolerance of {result.tolerance:g}"
+        f" ({result.scale:.3g}); tolerance {result.tolerance:g}"
     )
     click.echo(f"Mean logit difference     {result.mean:.4g}")
     agreeing = sum(prompt.agreeing for prompt in result.prompts)
@@ -114,13 +113,9 @@ def _tensor_line(difference: TensorDifference) -> str:
 
 def _remarks(result: Comparison) -> list[str]:
     """What the numbers alone do not say."""
-    remarks = []
+    remarks = [] if result.within_tolerance else ["", *result.problems]
     if result.rows_a != result.rows_b:
         remarks.append(f"The vocabularies differ: the {result.ids:,} ids that both have are compared.")
-    retokenized = sum(not prompt.same_ids for prompt in result.prompts)
-    if retokenized:
-        remarks.append(f"The tokenizers differ: they give other ids for {retokenized} of the prompts.")
-    remarks += [f"The models agree better without adapter {name}: the other one lacks it." for name in result.missing]
     remarks += [f"Adapter {name} changes no logit: it has no effect." for name in result.idle]
     if result.identical:
         remarks.append("All logits are identical.")

@@ -147,14 +147,31 @@ class Comparison:
         return all(each.same_ids for each in self.prompts)
 
     @property
+    def problems(self) -> tuple[str, ...]:
+        """Why the models are not the same, in sentences; none when they are."""
+        found = [f"Without adapter {name} the models agree better: the other one lacks it." for name in self.missing]
+        if self.relative > self.tolerance:
+            found.insert(
+                0,
+                f"Logits differ by up to {self.largest:.4g}, {self.relative:.2e} of the largest; the tolerance is"
+                f" {self.tolerance:g}.",
+            )
+        if not self.same_tokens:
+            others = sum(not each.same_ids for each in self.prompts)
+            found.append(f"The tokenizers give other ids for {others} of {len(self.prompts)} prompts.")
+        return tuple(found)
+
+    @property
     def within_tolerance(self) -> bool:
-        return self.same_tokens and not self.missing and self.relative <= self.tolerance
+        """Logits differ by no more than the tolerance, no adapter is missing, and the tokenizers agree."""
+        return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, the properties included, as JSON values."""
         names = ("ids", "positions", "largest", "mean", "scale", "relative", "agreement", "identical", "same_tokens")
         return {
             "within_tolerance": self.within_tolerance,
+            "problems": self.problems,
             **{name: getattr(self, name) for name in names},
             **asdict(self),
         }
