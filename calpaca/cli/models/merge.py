@@ -111,10 +111,12 @@ def _verified(spec: ModelSpec, output: Path, runtime: Runtime) -> bool:
     from calpaca.core.spec import ModelSpec
 
     result = compare(spec, ModelSpec(model=str(output)), runtime, CompareOptions(new_tokens=0, tensors=False))
-    word = "within" if result.within_tolerance else "MORE than"
+    idle = [f"Adapter {name} changes no logit: it has no effect." for name in result.idle]
     click.echo(
-        f"calpaca: merged and unmerged logits differ by {result.relative:.2e} of the largest, {word} the tolerance of"
-        f" {result.tolerance:g}; the likeliest token is the same at {result.agreement:.1%} of the positions.",
+        f"calpaca: merged and unmerged logits differ by at most {result.relative:.2e} of the largest; the likeliest token"
+        f" is the same at {result.agreement:.1%} of the positions.",
         err=True,
     )
-    return result.within_tolerance
+    for problem in (*result.problems, *idle):
+        click.echo(f"calpaca: {problem}", err=True)
+    return result.within_tolerance and not idle
