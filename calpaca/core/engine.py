@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from calpaca.core.errors import UnsupportedError, UsageError
-from calpaca.core.template import ChatTemplate
+from calpaca.core.registry import Component
+from calpaca.core.template import ChatTemplate, Message
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -59,12 +60,21 @@ class Grammar:
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """Messages, and OpenAI function schemas that the model is shown, not rendered yet."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class Request:
     """One generation. `prompt` is text, tokenised as it stands, or token ids.
 
     `adapter` names a loaded adapter; `cache_key` groups requests that share a prefix, for engines that cache by key.
     `new_text` says that the answer is a text of its own (a chat's) and does not continue the prompt's: the space that
-    SentencePiece puts before every text is then left out.
+    SentencePiece puts before every text is then left out. `conversation` stands in place of an empty `prompt`, for
+    engines that render it themselves (`Capabilities.conversations`).
     """
 
     prompt: str | tuple[int, ...]
@@ -73,11 +83,15 @@ class Request:
     adapter: str | None = None
     cache_key: str | None = None
     new_text: bool = False
+    conversation: Conversation | None = None
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural logarithm of the model's probability of a token, before temperature, penalties and grammar."""
+    """Natural logarithm of the model's probability of a token, before temperature, penalties and grammar.
+
+    The token id is -1 where the engine does not know it.
+    """
 
     token_id: int
     text: str
@@ -276,15 +290,24 @@ class Handle:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What an engine can do. `max_logprobs` counts alternatives per token; `grammars` lists the `Grammar` kinds."""
+    """What an engine can do. `max_logprobs` counts alternatives per token; `grammars` lists the `Grammar` kinds.
 
-    context_length: int
+    `context_length` is None where a server does not tell it. `token_ids`: it takes them as a prompt, and encodes text.
+    `stop_texts`: the last chunk says which one ended the answer. `unsupported` names fields of `Sampling` that it
+    refuses. `conversations`: it renders them itself, counts their tokens (`ConversationEngine`), and decides what is put
+    around a plain text, such as bos.
+    """
+
+    context_length: int | None
     token_ids: bool = True
     max_logprobs: int = 0
     grammars: frozenset[str] = frozenset()
     adapters: bool = False
     seed: bool = True
     batching: bool = True
+    conversations: bool = False
+    stop_texts: bool = True
+    unsupported: frozenset[str] = frozenset()
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -299,7 +322,7 @@ class Engine(Protocol):
 
     def submit(self, request: Request) -> Handle:
         """Start a generation. Raises UnsupportedError for what the engine cannot do and ContextOverflowError when
-        prompt and answer do not fit; both before anything runs."""
+        prompt and answer do not fit; both before anything runs. Where only a server can count, the handle raises."""
         ...
 
     def encode(self, text: str | tuple[str, ...], *, special_tokens: bool = False) -> list[int]:
@@ -316,9 +339,36 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class ConversationEngine(Engine, Protocol):
+    """An engine that renders conversations itself, as a server does."""
+
+    def count_tokens(self, conversation: Conversation) -> int:
+        """Tokens of the prompt that a conversation becomes; an estimate on the high side where that is not known."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineComponent(Component):
+    """An engine by name. Its target is called with the model's `ModelFiles` and the runtime.
+
+    One that is not `local` runs nothing on this machine: its target gets the `ModelSpec` instead, and the spec's model
+    is a name for it alone, which is looked for in no source of weights.
+    """
+
+    local: bool = True
+
+
 def refuse_unsupported(engine: str, capabilities: Capabilities, request: Request) -> None:
     """Raise UnsupportedError for the first field of `request` that `capabilities` do not cover."""
+    changed = [
+        name for name in sorted(capabilities.unsupported) if getattr(request.sampling, name) != getattr(Sampling, name)
+    ]
     asked = (
+        (request.conversation is not None and not capabilities.conversations, "a conversation that is not rendered",
+         "Render it with the engine's template."),
+        (not isinstance(request.prompt, str) and not capabilities.token_ids, "token ids as a prompt", "Give it text."),
+        (bool(changed), " and ".join(changed), "Use --engine transformers."),
         (request.adapter is not None and not capabilities.adapters, "an adapter per request",
          "Load the model with --adapter instead."),
         (request.grammar is not None and request.grammar.kind not in capabilities.grammars,

@@ -7,7 +7,8 @@ from contextlib import suppress
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from calpaca.core.engine import Engine, Grammar, Handle, Request, Sampling
+from calpaca.core.engine import Conversation, ConversationEngine, Engine, Grammar, Handle, Request, Sampling
+from calpaca.core.errors import UnsupportedError
 from calpaca.core.spec import ModelSpec
 from calpaca.core.template import ChatTemplate, Message
 
@@ -33,29 +34,36 @@ class Model:
 
     @classmethod
     def load(cls, spec: ModelSpec, runtime: Runtime) -> Model:
-        """Find the weights, check them, and open an engine on them. Raises ModelError."""
+        """Find the weights, check them, and open an engine on them; or ask a server for it. Raises ModelError."""
         from calpaca.core.files import find_files
 
+        if not runtime.is_local(spec):
+            remote: Engine = runtime.engines.get(spec.engine).load()(spec, runtime)
+            return cls(str(remote.capabilities().details["model"]), spec, remote, remote.template)
         files = find_files(spec, runtime)
         Thread(target=_warm, args=[files], daemon=True).start()
-        engine_name = "transformers" if spec.engine == "auto" else spec.engine
+        engine_name = _choose_engine(files, runtime) if spec.engine == "auto" else spec.engine
         engine = runtime.engines.get(engine_name).load()(files, runtime)
         return cls(files.name, spec, engine, engine.template, files)
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the contents of weights, adapters, tokenizer and template."""
-        return self.files.fingerprint if self.files is not None else f"{self.engine.name}:{self.name}"
+        """Digest of the contents of weights, adapters, tokenizer and template; without files, what the engine says."""
+        if self.files is not None:
+            return self.files.fingerprint
+        return str(self.engine.capabilities().details.get("fingerprint", f"{self.engine.name}:{self.name}"))
 
     @property
-    def context_length(self) -> int:
-        """Tokens of prompt and answer together."""
+    def context_length(self) -> int | None:
+        """Tokens of prompt and answer together; None where a server does not tell."""
         return self.engine.capabilities().context_length
 
     def generate(
         self, prompt: str | tuple[int, ...], sampling: Sampling = Sampling(), *, grammar: Grammar | None = None
     ) -> Handle:
         """Continue a text (bos is added where the model wants one) or token ids (taken as they are)."""
+        if self.engine.capabilities().conversations:
+            return self.engine.submit(Request(prompt, sampling, grammar))
         ids = tuple(self.engine.encode(prompt, special_tokens=True)) if isinstance(prompt, str) else prompt
         return self.engine.submit(Request(ids, sampling, grammar))
 
@@ -70,17 +78,41 @@ class Model:
         """Answer a conversation. `tools` are OpenAI function schemas, shown to the model."""
         from dataclasses import replace
 
+        if self.engine.capabilities().conversations:
+            conversation = Conversation(tuple(messages), tuple(tools))
+            return self.engine.submit(Request("", sampling, grammar, conversation=conversation))
         stops = tuple(dict.fromkeys((*sampling.stop, *self.template.stop)))
         to_the_letter = grammar is not None and grammar.kind == "regex"  # it may ask for a space
         prompt = tuple(self.message_ids(messages, tools))
         return self.engine.submit(Request(prompt, replace(sampling, stop=stops), grammar, new_text=not to_the_letter))
 
     def message_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Token ids of the rendered prompt, exactly as `chat` sends them: no message can spell a control token."""
+        """Token ids of the rendered prompt, exactly as `chat` sends them: no message can spell a control token.
+
+        Raises UnsupportedError where a server renders it.
+        """
+        if self.engine.capabilities().conversations:
+            raise UnsupportedError(
+                f"The engine '{self.engine.name}' does not show the prompt that a conversation becomes.",
+                "Model.count_tokens counts its tokens.",
+            )
         return self.engine.encode(self.template.parts(messages, tools))
+
+    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> int:
+        """Tokens of the rendered prompt; an estimate on the high side where a server renders it and does not count."""
+        if isinstance(self.engine, ConversationEngine):
+            return self.engine.count_tokens(Conversation(tuple(messages), tuple(tools)))
+        return len(self.message_ids(messages, tools))
 
     def close(self) -> None:
         self.engine.close()
+
+
+def _choose_engine(files: ModelFiles, runtime: Runtime) -> str:
+    from calpaca.core.engine_choice import anything_measured, choose_engine
+
+    fingerprint = files.fingerprint if anything_measured() else None
+    return choose_engine(runtime, fingerprint, runtime.purpose)
 
 
 def _warm(files: ModelFiles) -> None:

@@ -6,11 +6,13 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from calpaca.core.embedding import Embedder, SentenceTransformerEmbedder
+from calpaca.core.engine import EngineComponent
+from calpaca.core.engine_choice import Purpose
 from calpaca.core.jobs import Ledger
 from calpaca.core.paths import data_dir
 from calpaca.core.registry import Component, Registry
 from calpaca.core.settings import Settings
-from calpaca.core.spec import ModelSpec
+from calpaca.core.spec import ModelSpec, is_address
 
 if TYPE_CHECKING:
     from calpaca.core.model import Model
@@ -29,6 +31,7 @@ class Runtime:
         self.loaders: Registry[Component] = Registry("document loader")
         self.stores: Registry[Component] = Registry("vector store")
         self.apps: Registry[Component] = Registry("app")
+        self.purpose: Purpose = "chat"  # a server sets `load` before it loads a model; `auto` engines differ
         self.plugins: Any = None  # what discovery found; opaque here, since plugins lie above the core
         self._models: dict[str, Model] = {}
         self._embedders: dict[str, Embedder] = {}
@@ -51,10 +54,17 @@ class Runtime:
         if named is not None:
             given = wanted.model_dump(exclude_defaults=True, exclude={"model", "adapters"})
             wanted = named.model_copy(update={**given, "adapters": named.adapters + wanted.adapters})
-        defaults = {
-            field: getattr(self.settings, field) for field in ("device", "engine") if getattr(wanted, field) == "auto"
-        }
-        return wanted.model_copy(update=defaults)
+        if wanted.engine == "auto":
+            engine = "remote" if is_address(wanted.model) else self.settings.engine
+            wanted = wanted.model_copy(update={"engine": engine})
+        if wanted.device == "auto" and self.is_local(wanted):
+            wanted = wanted.model_copy(update={"device": self.settings.device})
+        return wanted
+
+    def is_local(self, spec: ModelSpec) -> bool:
+        """Whether the spec's engine runs weights on this machine; a server's model is looked for in no source."""
+        component = self.engines.get(spec.engine) if spec.engine in self.engines else None
+        return not isinstance(component, EngineComponent) or component.local
 
     def check(self, model: ModelSpec | str | None = None) -> ModelSpec:
         """The spec with the settings applied, if all its names are known. Loads nothing and asks no network.
@@ -65,7 +75,7 @@ class Runtime:
         from calpaca.core.template import named_template
 
         spec = self.spec(model)
-        if spec.model is not None:
+        if spec.model is not None and self.is_local(spec):
             check_model(spec.model, self)
         if spec.engine != "auto":
             self.engines.get(spec.engine)
@@ -77,7 +87,8 @@ class Runtime:
         """Raise ModelNotFoundError for a name that can name no embedding model. Asks no network."""
         from calpaca.core.sources import check_embedding
 
-        check_embedding(name, self)
+        if not is_address(name):
+            check_embedding(name, self)
 
     def model(self, model: ModelSpec | str | None = None) -> Model:
         """Load a model, or give the one that is loaded for the same spec. Raises ModelError."""
@@ -96,15 +107,22 @@ class Runtime:
             return self._models.get(self.spec(model).model_dump_json())
 
     def embedder(self, name: str | None = None) -> Embedder:
-        """Load an embedding model by name, id or folder; None is the settings' or the catalogue's default."""
-        from calpaca.core.sources import resolve_embedding
-
+        """Load an embedding model by name, id, folder or address; None is the settings' or the catalogue's default."""
         wanted = name or self.settings.embedding or ""
         with self._lock:
             if wanted not in self._embedders:
-                found = resolve_embedding(wanted or None, self)
-                self._embedders[wanted] = SentenceTransformerEmbedder(found.name, found.path, self.settings.device)
+                self._embedders[wanted] = self._open_embedder(wanted)
             return self._embedders[wanted]
+
+    def _open_embedder(self, wanted: str) -> Embedder:
+        if is_address(wanted):
+            from calpaca.core.engines.remote.embedder import RemoteEmbedder
+
+            return RemoteEmbedder(wanted, self.settings.remote)
+        from calpaca.core.sources import resolve_embedding
+
+        found = resolve_embedding(wanted or None, self)
+        return SentenceTransformerEmbedder(found.name, found.path, self.settings.device)
 
     def close(self) -> None:
         """Free what is loaded. Idempotent."""

@@ -11,7 +11,7 @@ import logging
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import (
@@ -37,7 +37,7 @@ VARIABLES = {
     "CALPACA_CACHE": "Folder for downloads, converted models and indexes.",
     "CALPACA_DATA": "Folder for the job ledger.",
     "CALPACA_CONFIG": "Folder of the user's `config.toml`.",
-    "CALPACA_API_KEY": "Key of the LangChain classes for engines that ask a server.",
+    "CALPACA_API_KEY": "Key for the servers that the engine `remote` asks.",
     "CALPACA_DEBUG": "`1` shows tracebacks and other libraries' warnings.",
 }
 """Variables that are no settings, and what each is for."""
@@ -57,6 +57,25 @@ class SamplingSettings(BaseModel):
     stop: tuple[str, ...] = Field((), description="Texts that end an answer.")
 
 
+class RemoteSettings(BaseModel):
+    """Servers that the engine `remote` asks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    endpoints: tuple[str, ...] = Field(
+        (), description="Addresses of servers that offer the same models, such as http://gpu1:8000/v1."
+    )
+    server: Literal["auto", "openai", "vllm", "llama_cpp", "ollama", "calpaca"] = Field(
+        "auto", description="What the servers run, and so which fields they know; auto asks them."
+    )
+    api_key_file: Path | None = Field(
+        None, description="File with the key that the servers want; CALPACA_API_KEY goes before it."
+    )
+    connect_timeout: float = Field(5.0, gt=0, description="Seconds to wait for a connection.")
+    timeout: float = Field(300.0, gt=0, description="Seconds without a sign of life before a request fails.")
+    retries: int = Field(4, ge=0, description="How often a request that has no answer yet is tried again.")
+
+
 class Settings(BaseSettings):
     """The whole tree."""
 
@@ -74,6 +93,7 @@ class Settings(BaseSettings):
     engine: str = Field("auto", description="Engine used when none is named.")
     hub_timeout: float = Field(3.0, description="Seconds to wait for a model hub before the next source is tried.")
     sampling: SamplingSettings = Field(SamplingSettings(), description="Defaults for every generation.")
+    remote: RemoteSettings = Field(RemoteSettings(), description="Servers that the engine `remote` asks.")
     models: dict[str, ModelSpec] = Field({}, description="Named models: [models.NAME] model = …, adapters = […].")
     apps: dict[str, dict[str, Any]] = Field({}, description="Configured apps: [apps.NAME] app = …, and its options.")
     plugins: dict[str, dict[str, Any]] = Field({}, description="A plugin's own settings, checked by the plugin.")
@@ -92,6 +112,7 @@ class Settings(BaseSettings):
         return (init_settings, _SettingsEnvironment(settings_cls), *files)
 
 
+_SECTIONS: dict[str, type[BaseModel]] = {"sampling": SamplingSettings, "remote": RemoteSettings}
 _TABLES = frozenset({"models", "apps", "plugins"})
 
 
@@ -143,9 +164,11 @@ def _check_variable(variable: str) -> None:
     """One line about a variable that nothing reads; wrong names within a section are refused with the settings."""
     section, nested, _ = variable.removeprefix(PREFIX).lower().partition("__")
     known = {*VARIABLES, *(PREFIX + name.upper() for name in Settings.model_fields.keys() - _TABLES)}
-    if variable in known or (nested and section in {"sampling", *_TABLES}):
+    if variable in known or (nested and section in {*_SECTIONS, *_TABLES}):
         return
-    known |= {f"{PREFIX}SAMPLING__{name.upper()}" for name in SamplingSettings.model_fields}
+    known |= {
+        f"{PREFIX}{section}__{name}".upper() for section, model in _SECTIONS.items() for name in model.model_fields
+    }
     match = nearest(variable.removeprefix(PREFIX), [name.removeprefix(PREFIX) for name in known])
     suggestion = f"Did you mean {PREFIX}{match}?" if match else "`calpaca settings` lists the known ones."
     log.warning("Nothing reads the environment variable %s. %s", variable, suggestion)
@@ -153,6 +176,6 @@ def _check_variable(variable: str) -> None:
 
 def _known_names(location: tuple[int | str, ...]) -> list[str]:
     """Field names of the model that holds the last part of `location`."""
-    sections: dict[str, type[BaseModel]] = {"models": ModelSpec, "sampling": SamplingSettings}
+    sections: dict[str, type[BaseModel]] = {"models": ModelSpec, **_SECTIONS}
     owner = sections.get(str(location[0]), Settings)
     return list(owner.model_fields)

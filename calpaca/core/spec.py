@@ -34,8 +34,8 @@ class AdapterSpec(BaseModel):
 class ModelSpec(BaseModel):
     """A model by name: where it comes from, what is put on it and how it is run.
 
-    `model` is a catalogue name, hub id, folder or `.gguf` file; None is the default of the catalogue. Adapters are
-    applied in order.
+    `model` is a catalogue name, hub id, folder or `.gguf` file, or a server's model: a name for the engine `remote`, or
+    `http://host:8000/v1#name`; None is the default of the catalogue. Adapters are applied in order.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,3 +53,8 @@ class ModelSpec(BaseModel):
 
     def __str__(self) -> str:
         return " + ".join([self.model or "default", *(str(adapter) for adapter in self.adapters)])
+
+
+def is_address(reference: str | None) -> bool:
+    """Whether a model is named by the address of the server that runs it."""
+    return reference is not None and reference.startswith(("http://", "https://"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from calpaca.core.engine import EngineComponent
 from calpaca.core.registry import Component
 from calpaca.documents.loaders import LoaderComponent
 from calpaca.plugins.hookspecs import hookimpl
@@ -17,7 +18,14 @@ def register_engines() -> list[Component]:
             "Hugging Face transformers on PyTorch: CPU and CUDA, LoRA adapters, constrained output.",
             "calpaca.core.engines.transformers:open_engine",
             extra="torch",
-        )
+            packages=("torch", "transformers"),
+        ),
+        EngineComponent(
+            "remote",
+            "Any OpenAI-compatible server: vLLM, llama.cpp, Ollama, another calpaca.",
+            "calpaca.core.engines.remote.engine:open_engine",
+            local=False,
+        ),
     ]
 
 

@@ -31,6 +31,7 @@ from calpaca.core.errors import UsageError, unknown_name
 from calpaca.core.langchain.messages import AnswerReader, plain_messages
 from calpaca.core.langchain.parameters import Call, ModelParameters, all_at_once, answering, awhole, whole
 from calpaca.core.model import Model
+from calpaca.core.spec import ModelSpec
 from calpaca.core.tools import CallReader, answer_grammar, describe_format, read_choice
 
 ToolLike = dict[str, Any] | type | Callable[..., Any] | BaseTool
@@ -94,7 +95,10 @@ class ChatCalpaca(ModelParameters, BaseChatModel):
         loaded: Model | None = self._runtime().loaded(self.spec)
         if loaded is not None:
             return loaded.context_length
-        name = self._runtime().check(self.spec).model
+        spec: ModelSpec = self._runtime().check(self.spec)
+        name = spec.model
+        if not self._runtime().is_local(spec):
+            return None
         if name in ENTRIES:
             return ENTRIES[name].context_length
         return configured_context_length(name) if name is not None else None
@@ -102,9 +106,10 @@ class ChatCalpaca(ModelParameters, BaseChatModel):
     def _load(self, name: str | None = None) -> Model:
         """The model; once it is loaded, its context length is known to the profile."""
         model = super()._load(name)
-        if self.profile is not None and name in (None, self.model):
-            self.profile.setdefault("max_input_tokens", model.context_length)
-            self.profile.setdefault("max_output_tokens", model.context_length)
+        length = model.context_length
+        if self.profile is not None and length is not None and name in (None, self.model):
+            self.profile.setdefault("max_input_tokens", length)
+            self.profile.setdefault("max_output_tokens", length)
         return model
 
     # Tokens --------------------------------------------------------------------------------------------------------
@@ -117,7 +122,7 @@ class ChatCalpaca(ModelParameters, BaseChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Tokens of the whole prompt, as the chat template renders messages and tools."""
         schemas = [convert_to_openai_tool(tool) for tool in tools or ()]
-        return len(self._load().message_ids(plain_messages(messages), schemas))
+        return self._load().count_tokens(plain_messages(messages), schemas)
 
     # Answers -------------------------------------------------------------------------------------------------------
     def _generate(
