@@ -46,26 +46,30 @@ def sentencepiece_files(
     config = _config(proto, settings, decoder)
     special = {name: _token_text(config[name]) for name in SPECIAL_NAMES if config.get(name)}
     texts["special_tokens_map.json"] = _json(special)
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "config.json").write_text('{"model_type": "llama"}')
-        forms = [{"tokenizer_config.json": _json(config | _slow(config))}]
-        if (fast := _fast(proto, config, decoder)) is not None:
-            fast_config = _json(config | {"tokenizer_class": _FAST})
-            forms.insert(0, {"tokenizer.json": fast.encode(), "tokenizer_config.json": fast_config})
-        different = ""
-        for form in forms:
-            for file, content in (texts | form).items():
-                (folder / file).write_bytes(content)
-            tokenizer = load_tokenizer(folder)
-            different = next(_differences(folder, tokenizer, proto), "")
-            if not different:
-                return texts | form, tokenizer
-            (folder / "tokenizer.json").unlink(missing_ok=True)
+    forms = [{"tokenizer_config.json": _json(config | _slow(config))}]
+    if (fast := _fast(proto, config, decoder)) is not None:
+        fast_config = _json(config | {"tokenizer_class": _FAST})
+        forms.insert(0, {"tokenizer.json": fast.encode(), "tokenizer_config.json": fast_config})
+    different = ""
+    for form in forms:
+        tokenizer, different = _loaded(texts | form, proto)
+        if not different:
+            return texts | form, tokenizer
     raise ModelError(
         f"transformers gives other token ids than {model}, for example for {different[:60]!r}.",
         "The vocabulary cannot be written as Hugging Face files; keep the model in the form that it has.",
     )
+
+
+def _loaded(texts: Mapping[str, bytes], proto: Any) -> tuple[Tokenizer, str]:
+    """The tokenizer that files make up, and a text for which transformers gives other ids; empty when there is none."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+        for file, content in texts.items():
+            (folder / file).write_bytes(content)
+        tokenizer = load_tokenizer(folder)
+        return tokenizer, next(_differences(folder, tokenizer, proto), "")
 
 
 def _read_model(model: Path) -> Any:
