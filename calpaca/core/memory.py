@@ -48,21 +48,22 @@ def memory_needs(shapes: Shapes, config: Mapping[str, Any]) -> tuple[MemoryNeed,
         "8bit": 2 * (total - packed) + packed + 4 * scales,
         "4bit": 2 * (total - packed) + packed // 2 + 4 * (packed // _BLOCK),
     }
-    values = _cached_values(config)
+    values = values_per_token(config)
+    length = config.get("max_position_embeddings")
     return tuple(
-        MemoryNeed(dtype, size, None if values is None else values * _CACHE_BYTES[dtype])
+        MemoryNeed(dtype, size, None if values is None or length is None else values * length * _CACHE_BYTES[dtype])
         for dtype, size in weights.items()
     )
 
 
-def _cached_values(config: Mapping[str, Any]) -> int | None:
-    """Numbers that a full context keeps: a key and a value for each token, layer and key-value head."""
+def values_per_token(config: Mapping[str, Any]) -> int | None:
+    """Numbers that are kept for each token of a context: a key and a value for each layer and key-value head."""
     if any("bert" in name.lower() for name in config.get("architectures") or ()):
         return None  # it reads a text at once and keeps nothing
     try:
         heads = int(config["num_attention_heads"])
         head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
         kv_heads = int(config.get("num_key_value_heads") or heads)
-        return 2 * int(config["num_hidden_layers"]) * kv_heads * head_size * int(config["max_position_embeddings"])
+        return 2 * int(config["num_hidden_layers"]) * kv_heads * head_size
     except (KeyError, TypeError, ZeroDivisionError):
         return None

@@ -128,10 +128,10 @@ def choose_dtype(dtype: str, device: str, weights_size: int, config: Any) -> tor
     if device.startswith("cuda"):
         return stored if stored != torch.float32 else torch.bfloat16
     as_float32 = weights_size * 4 // stored.itemsize
-    return torch.float32 if as_float32 <= _free_memory() // 2 else torch.bfloat16
+    return torch.float32 if as_float32 <= free_memory() // 2 else torch.bfloat16
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes of main memory that are free or hold only file caches; the whole memory where the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from calpaca.core.settings import Settings
 from calpaca.core.spec import ModelSpec
 from calpaca.core.template import named_template
 from calpaca.core.tokenizer import load_tokenizer
+from calpaca.core.weights import load_weights
 from calpaca.testing import EngineContract
 
 
@@ -32,6 +34,12 @@ def smollm2_engine(smollm2: Path) -> Iterator[TransformersEngine]:
     engine.close()
 
 
+@pytest.fixture(scope="module")
+def reference(smollm2: Path) -> Any:
+    """The model as transformers runs it; an engine takes its own over."""
+    return load_weights(model_files(smollm2, device="cpu", dtype="float32")).model
+
+
 class TestContract(EngineContract):
     @pytest.fixture
     def engine(self, smollm2_engine: TransformersEngine) -> TransformersEngine:
@@ -43,25 +51,23 @@ def greedy(engine: TransformersEngine, prompt: str, new_tokens: int) -> list[int
     return list(engine.submit(request).result().token_ids)
 
 
-def test_greedy_tokens_equal_those_of_generate(smollm2_engine: TransformersEngine) -> None:
+def test_greedy_tokens_equal_those_of_generate(smollm2_engine: TransformersEngine, reference: Any) -> None:
     import torch
 
-    model = smollm2_engine._weights.model
     prompt = "The llama lives in the mountains of"
     ids = torch.tensor([smollm2_engine.encode(prompt)])
     with torch.inference_mode():
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        expected = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
     assert greedy(smollm2_engine, prompt, 24) == expected[0, ids.shape[1] :].tolist()
 
 
-def test_repetition_penalty_equals_that_of_generate(smollm2_engine: TransformersEngine) -> None:
+def test_repetition_penalty_equals_that_of_generate(smollm2_engine: TransformersEngine, reference: Any) -> None:
     import torch
 
-    model = smollm2_engine._weights.model
     ids = torch.tensor([smollm2_engine.encode("one two three one two three one")])
     options = {"max_new_tokens": 16, "do_sample": False, "repetition_penalty": 1.3}
     with torch.inference_mode():
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        expected = reference.generate(ids, attention_mask=torch.ones_like(ids), **options)
     request = Request(tuple(ids[0].tolist()), Sampling(max_new_tokens=16, repetition_penalty=1.3))
     assert list(smollm2_engine.submit(request).result().token_ids) == expected[0, ids.shape[1] :].tolist()
 
@@ -91,9 +97,9 @@ def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on(smollm2_engin
     assert list(handles[3].result().token_ids) == alone
     assert {handle.result().finish_reason for handle in handles[:3]} <= {"cancelled", "length"}
     deadline = time.monotonic() + 2  # a reader may learn of the end a moment before the batch is tidied up
-    while smollm2_engine._batch.rows and time.monotonic() < deadline:
+    while smollm2_engine._rows and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert smollm2_engine._batch.rows == []
+    assert smollm2_engine._rows == []
 
 
 def test_ids_outside_the_vocabulary_are_refused(smollm2_engine: TransformersEngine) -> None:

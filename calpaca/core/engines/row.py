@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from calpaca.core.detokenizer import Detokenizer, StopScanner
 from calpaca.core.engine import Chunk, FinishReason, Handle, Request, Timings, TokenLogprob, Usage
+from calpaca.core.engines.slots import Place
 from calpaca.core.grammar import GrammarMatcher
 from calpaca.core.sampling import new_generator, penalise_repetition, sample, token_logprob
 from calpaca.core.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ class Row:
         matcher: GrammarMatcher | None,
     ) -> None:
         self.ids = list(prompt)
+        self.place: Place | None = None  # the slot with what is kept of `ids`
         self.handle = Handle(self.cancel)
         self._sampling = request.sampling
         self._prompt_tokens = len(prompt)
@@ -47,6 +49,17 @@ class Row:
         self._cancelled = threading.Event()
         self._seen: Tensor | None = None
         self._generator: torch.Generator | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """How long prompt and answer together can get."""
+        return self._prompt_tokens + self._max_new_tokens
+
+    @property
+    def pending(self) -> int:
+        """How many of `ids` the model has not seen."""
+        assert self.place is not None
+        return len(self.ids) - self.place.filled
 
     def cancel(self) -> None:
         self._cancelled.set()

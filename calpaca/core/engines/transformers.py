@@ -1,7 +1,7 @@
 """The transformers engine: any model that transformers loads, with adapters, batched between steps.
 
-One worker thread owns the model. Between two steps it takes waiting requests into the running batch, as long as there
-is room, and takes finished ones out, so that no request waits for another's end.
+One worker thread owns the model. In every turn it takes waiting requests in, as long as there is room, runs one step
+for all of them together, and lets go of those that are complete, so that no request waits for another's end.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
 from calpaca.core.engine import Capabilities, Handle, Request, refuse_unsupported
-from calpaca.core.engines.batch import Batch
+from calpaca.core.engines.decoder import choose_decoder
 from calpaca.core.engines.row import Row
+from calpaca.core.engines.schedule import Pace, choose_spans
+from calpaca.core.engines.slots import SlotCache
+from calpaca.core.engines.step import Span, Step
 from calpaca.core.errors import CalpacaError, ContextOverflowError, MissingExtraError, ModelError, UsageError
 from calpaca.core.files import ModelFiles
 from calpaca.core.grammar import KINDS, GrammarCompiler
@@ -28,11 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("calpaca")
 
-MAX_ROWS = 32
+MAX_ROWS = 64
 """Requests that run at once; more wait."""
-
-PREFILL_TOKENS = 8192
-"""Padded prompt tokens that are run at once."""
 
 DEFAULT_NEW_TOKENS = 512
 
@@ -51,33 +52,36 @@ def open_engine(files: ModelFiles, runtime: Runtime) -> TransformersEngine:  # n
 
 
 class TransformersEngine:
-    """Runs one loaded model. Thread-safe; see `calpaca.core.engine.Engine`."""
+    """Runs one loaded model, which it takes over. Thread-safe; see `calpaca.core.engine.Engine`."""
 
     name = "transformers"
 
     def __init__(self, weights: LoadedWeights, template: NamedTemplate | None = None) -> None:
-        self._weights = weights
         self._tokenizer = weights.tokenizer
+        self._vocabulary_size = weights.vocabulary_size
+        self._context_length = weights.context_length
         self._device = weights.model.device
+        self._dtype = weights.model.dtype
         self.template = choose_template(weights.tokenizer, template)
         self._eos_ids = frozenset(weights.eos_ids)
         self._grammars = GrammarCompiler(weights.tokenizer, weights.vocabulary_size, list(weights.eos_ids))
+        self._cache = SlotCache(weights)
+        self._decoder = choose_decoder(weights.model)
+        self._pace = Pace()
+        self._rows: list[Row] = []  # under way, in the order in which they came
         self._waiting: deque[Row] = deque()
-        self._starting: list[Row] = []  # taken from the queue, on their way into the batch
         self._changed = threading.Condition()
         self._closed = False
-        self._batch = Batch(weights.model, self._device)
-        self._max_rows = MAX_ROWS if self._batch.can_join else 1
         self._worker = threading.Thread(target=self._run, name="calpaca-engine", daemon=True)
         self._worker.start()
         atexit.register(self.close)  # a worker inside torch while the interpreter goes down would crash it
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            context_length=self._weights.context_length,
+            context_length=self._context_length,
             max_logprobs=20,
             grammars=KINDS,
-            details={"device": str(self._device), "dtype": str(self._weights.model.dtype).removeprefix("torch.")},
+            details={"device": str(self._device), "dtype": str(self._dtype).removeprefix("torch.")},
         )
 
     def encode(self, text: str | tuple[str, ...], *, special_tokens: bool = False) -> list[int]:
@@ -92,9 +96,9 @@ class TransformersEngine:
         prompt = self.encode(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
         if not prompt:
             raise UsageError("The prompt is empty.", "Give at least one token of text.")
-        if max(prompt) >= self._weights.vocabulary_size or min(prompt) < 0:
+        if max(prompt) >= self._vocabulary_size or min(prompt) < 0:
             raise UsageError(
-                f"Token id {max(prompt)} is outside the vocabulary of {self._weights.vocabulary_size}.",
+                f"Token id {max(prompt)} is outside the vocabulary of {self._vocabulary_size}.",
                 "Use ids of this model's own tokenizer.",
             )
         room = self._new_tokens(len(prompt), request.sampling.max_new_tokens)
@@ -111,10 +115,10 @@ class TransformersEngine:
 
     def _new_tokens(self, prompt_tokens: int, wanted: int | None) -> int:
         """How many tokens the answer may have. Raises ContextOverflowError when that does not fit."""
-        room = self._weights.context_length - prompt_tokens
+        room = self._context_length - prompt_tokens
         new_tokens = min(DEFAULT_NEW_TOKENS, max(room, 1)) if wanted is None else wanted
         if new_tokens > room:
-            raise ContextOverflowError(prompt_tokens, new_tokens, self._weights.context_length)
+            raise ContextOverflowError(prompt_tokens, new_tokens, self._context_length)
         return new_tokens
 
     def close(self) -> None:
@@ -140,71 +144,89 @@ class TransformersEngine:
     def _wait(self) -> bool:
         """Sleep until there is work; False when the engine is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._waiting or self._batch.rows)
+            self._changed.wait_for(lambda: self._closed or self._waiting or self._rows)
             return not self._closed
 
     def _turn(self) -> None:
-        """One step of the running rows, then the first step of new ones."""
+        """Let cancelled rows go and new ones in, then run one step of all that are under way."""
         self._remove_cancelled()
-        if self._batch.rows:
-            self._advance(self._batch.rows, self._batch.step())
-        for rows in self._next_rows():
-            self._advance(rows, self._batch.admit(rows))
+        self._admit()
+        if not self._rows:
+            return
+        begin = time.perf_counter()
+        step = Step(choose_spans(self._rows, self._pace.budget), self._device)
+        logits = self._decoder(step)
+        step.finish()
+        finished = self._advance(step.spans, logits)
+        self._pace.note(len(step.ids), time.perf_counter() - begin)
+        self._drop(finished)
 
-    def _advance(self, rows: list[Row], logits: Tensor) -> None:
-        """Choose and hand out the next token of each row, and drop the rows that are complete."""
+    def _advance(self, spans: list[Span], logits: Tensor) -> set[Row]:
+        """Choose and hand out the next token of each row that has logits; the rows that are complete with it."""
         import torch
 
-        likeliest = logits.argmax(dim=-1).tolist()
-        if not bool(torch.isfinite(logits).all()):
+        highest, likeliest = logits.max(dim=-1)
+        if not bool(torch.isfinite(highest).all()):
             raise ModelError(
                 "The model produced numbers that are not finite (inf or nan).",
                 "Its weights may be damaged, or it overflows: try --dtype float32 or bfloat16.",
             )
         finished = set()
-        for position, row in enumerate(list(rows)):
-            token_id = likeliest[position] if row.takes_likeliest else row.choose(logits[position])
-            if row.accept(token_id, logits[position]):
+        for position, (row, token_id) in enumerate(
+            zip([span.row for span in spans if span.outputs], likeliest.tolist(), strict=True)
+        ):
+            chosen = token_id if row.takes_likeliest else row.choose(logits[position].float())
+            if row.accept(chosen, logits[position]):
                 finished.add(row)
-        self._batch.drop(finished)
+        return finished
 
-    def _next_rows(self) -> list[list[Row]]:
-        """Waiting rows that there is room for, in groups whose padded prompts are run together."""
-        with self._changed:
-            room = min(self._max_rows - len(self._batch.rows), len(self._waiting))
-            self._starting = [self._waiting.popleft() for _ in range(room)]
-        groups: list[list[Row]] = []
-        for row in sorted(self._starting, key=lambda row: len(row.ids)):
-            if groups and (len(groups[-1]) + 1) * len(row.ids) <= PREFILL_TOKENS:
-                groups[-1].append(row)
+    def _admit(self) -> None:
+        """Give waiting rows a slot, in their order, while there is room."""
+        while len(self._rows) < MAX_ROWS and self._waiting:
+            row = self._waiting[0]
+            try:
+                row.place = self._cache.take(row.most_tokens)
+            except ModelError as error:
+                row.handle.fail(error)
             else:
-                groups.append([row])
-        return groups
+                if row.place is None:
+                    return
+                self._rows.append(row)
+            with self._changed:
+                self._waiting.popleft()
+
+    def _drop(self, rows: set[Row]) -> None:
+        """Free the slots of rows."""
+        for row in rows:
+            if row.place is not None:
+                row.place.shelf.release(row.place)
+        self._rows = [row for row in self._rows if row not in rows]
 
     def _remove_cancelled(self) -> None:
         with self._changed:
-            cancelled = [row for row in self._waiting if row.cancelled]
+            cancelled = {row for row in self._waiting if row.cancelled}
             self._waiting = deque(row for row in self._waiting if not row.cancelled)
-        running = {row for row in self._batch.rows if row.cancelled}
-        self._batch.drop(running)
-        for row in (*cancelled, *running):
+        running = {row for row in self._rows if row.cancelled}
+        self._drop(running)
+        for row in cancelled | running:
             row.finish("cancelled")
 
     def _fail(self, error: Exception) -> None:
-        """End every running row with the error, and start afresh."""
+        """End every row under way with the error, and start afresh."""
         if not isinstance(error, CalpacaError):
             log.debug("the engine failed", exc_info=error)
             error = _translated(error)
-        rows = [*self._batch.rows, *self._starting]
-        self._batch.clear()
+        rows, self._rows = self._rows, []
+        self._cache.clear()
         for row in rows:
             row.handle.fail(error)  # does nothing to those that ended already
 
     def _end_all(self) -> None:
         with self._changed:
-            rows = [*self._batch.rows, *self._waiting]
+            rows = [*self._rows, *self._waiting]
             self._waiting.clear()
-        self._batch.clear()
+        self._rows = []
+        self._cache.clear()
         for row in rows:
             row.finish("cancelled")
 

@@ -1,0 +1,242 @@
+"""The forward pass over a step: a short one of our own for Llama-like models, transformers' own for all others."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
+
+from calpaca.core.engines.slots import Place
+from calpaca.core.engines.step import Span, Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OWN = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+"""Model types whose forward pass is written here, and the class that has no other parts."""
+
+ATTENTION = "calpaca"
+"""The name under which transformers' models find our attention."""
+
+
+class Decoder(Protocol):
+    """Runs the tokens of a step; logits [outputs, vocabulary].
+
+    `slots` says whether keys and values lie in the slots, so that tokens can be taken back or come from elsewhere.
+    """
+
+    slots: bool
+
+    def __call__(self, step: Step) -> Tensor: ...
+
+
+def choose_decoder(model: Any) -> Decoder:
+    """The fastest decoder for a loaded model."""
+    causal = model.get_base_model() if hasattr(model, "peft_config") else model
+    config = causal.config
+    if not _keeps_keys_and_values(causal):
+        return SerialDecoder(causal)
+    windowed = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+    plain = OWN.get(config.model_type) == type(causal).__name__ and config.hidden_act == "silu"
+    if plain and not windowed and getattr(config, "sliding_window", None) is None:
+        return LlamaDecoder(causal)
+    return HubDecoder(causal)
+
+
+def _keeps_keys_and_values(causal: Any) -> bool:
+    """Whether every layer has ordinary attention, over all tokens or a window, that can be replaced by ours."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    config = causal.config.get_text_config()
+    layers = DynamicCache(config=config).layers
+    return (
+        causal._supports_attention_backend
+        and causal._supports_sdpa
+        and getattr(config, "attn_logit_softcapping", None) is None
+        and all(type(layer) in {DynamicLayer, DynamicSlidingWindowLayer} for layer in layers)
+    )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's parts, matrices with the same input joined."""
+
+    attention_norm: Any
+    qkv: Any
+    output: Any
+    mlp_norm: Any
+    gate_up: Any
+    down: Any
+
+
+class LlamaDecoder:
+    """Llama, Mistral and Qwen2: RMSNorm, rotary positions, grouped attention, SwiGLU.
+
+    Takes the model's weights over: their layers are repacked for this machine, so the model itself runs no more.
+    """
+
+    slots = True
+
+    def __init__(self, causal: Any) -> None:
+        from calpaca.core.engines.packed import pack
+
+        config = causal.config
+        self._head_size: int = causal.model.layers[0].self_attn.head_dim
+        self._sizes = [heads * self._head_size for heads in _heads(config)]
+        self._mlp_size: int = config.intermediate_size
+        self._embed, self._rotary, self._norm = causal.model.embed_tokens, causal.model.rotary_emb, causal.model.norm
+        self._head, causal.lm_head = pack(causal.lm_head), None
+        self._layers = [_take_layer(layer) for layer in causal.model.layers]
+
+    def __call__(self, step: Step) -> Tensor:
+        hidden = self._embed(step.ids)
+        angles = self._angles(hidden, step.positions)
+        for index, layer in enumerate(self._layers):
+            queries, keys, values = self._project(layer, hidden, angles)
+            hidden = hidden + layer.output(step.attend(index, queries, keys, values).flatten(1))
+            hidden = hidden + self._mlp(layer, layer.mlp_norm(hidden))
+        logits: Tensor = self._head(self._norm(hidden[step.outputs]))
+        return logits
+
+    def _angles(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [tokens, 1, head size]; the first half of the sines is negated, see `_rotate`."""
+        import torch
+
+        cos, sin = self._rotary(hidden[None], positions[None])
+        half = self._head_size // 2
+        return cos.transpose(0, 1), torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).transpose(0, 1)
+
+    def _project(self, layer: _Layer, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [tokens, heads, head size], in their positions."""
+        queries, keys, values = (
+            part.view(len(part), -1, self._head_size)
+            for part in layer.qkv(layer.attention_norm(hidden)).split(self._sizes, dim=-1)
+        )
+        return _rotate(queries, *angles), _rotate(keys, *angles), values
+
+    def _mlp(self, layer: _Layer, hidden: Tensor) -> Tensor:
+        import torch
+
+        gate, up = layer.gate_up(hidden).split(self._mlp_size, dim=-1)
+        output: Tensor = layer.down(torch.nn.functional.silu(gate) * up)
+        return output
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """How many heads queries, keys and values have."""
+    return config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+
+
+def _take_layer(layer: Any) -> _Layer:
+    """Repack one layer and take its matrices out of the model, so that they are not there twice."""
+    from calpaca.core.engines.packed import join, pack
+
+    attention, mlp = layer.self_attn, layer.mlp
+    taken = _Layer(
+        layer.input_layernorm,
+        join([attention.q_proj, attention.k_proj, attention.v_proj]),
+        pack(attention.o_proj),
+        layer.post_attention_layernorm,
+        join([mlp.gate_proj, mlp.up_proj]),
+        pack(mlp.down_proj),
+    )
+    layer.self_attn = layer.mlp = None
+    return taken
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions for [tokens, heads, head size]: each number with the one half a head away, as Llama pairs them."""
+    import torch
+
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, dims=-1), sin)
+
+
+_running = threading.local()
+
+
+class HubDecoder:
+    """Any model of transformers that lets its attention be replaced."""
+
+    slots = True
+
+    def __init__(self, causal: Any) -> None:
+        from transformers import AttentionInterface
+
+        from calpaca.core.engines.packed import pack
+
+        AttentionInterface.register(ATTENTION, _attend)
+        causal.set_attn_implementation(ATTENTION)
+        for module in list(causal.modules()):
+            for name, child in list(module.named_children()):
+                if not name.startswith("lora_"):
+                    setattr(module, name, pack(child))
+        self._causal = causal
+
+    def __call__(self, step: Step) -> Tensor:
+        _running.step = step
+        try:
+            logits: Tensor = self._causal(
+                input_ids=step.ids[None],
+                position_ids=step.positions[None],
+                use_cache=False,
+                logits_to_keep=step.outputs,
+            ).logits[0]
+        finally:
+            del _running.step
+        return logits
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_: Any,  # a mask: the step knows who sees whom
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **__: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [1, heads, tokens, dimensions] in, [1, tokens, heads, dimensions] out."""
+    queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    attended = _running.step.attend(
+        module.layer_idx, queries.contiguous(), keys, values, scale=scaling, window=sliding_window
+    )
+    return attended[None], None
+
+
+class SerialDecoder:
+    """Any other model: each row has a cache of transformers' own and runs by itself."""
+
+    slots = False
+
+    def __init__(self, causal: Any) -> None:
+        self._causal = causal
+        self._caches: WeakKeyDictionary[Place, Any] = WeakKeyDictionary()
+
+    def __call__(self, step: Step) -> Tensor:
+        import torch
+
+        begin = 0
+        logits = []
+        for span in step.spans:
+            end = begin + len(span.tokens)
+            output = self._run(span, step.ids[None, begin:end], step.positions[None, begin:end])
+            logits.append(output[output.shape[0] - span.outputs :])
+            begin = end
+        return torch.cat(logits)
+
+    def _run(self, span: Span, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits [1 or more, vocabulary] of a span's last tokens."""
+        from transformers.cache_utils import DynamicCache
+
+        cache = self._caches.setdefault(span.place, DynamicCache(config=self._causal.config))
+        output = self._causal(
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=max(span.outputs, 1),
+        )
+        logits: Tensor = output.logits[0]
+        return logits

@@ -1,0 +1,78 @@
+"""Linear layers in oneDNN's own layout: nearly twice as fast at the batch sizes of generation on x86 processors.
+
+The operators are torch's own but private, so they are tried out first; where they are missing or wrong, nothing changes.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that holds its weight in oneDNN's layout only."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[…, in_features] → […, out_features]"""
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, "none", [], "")
+        return output
+
+
+def pack(linear: Any) -> Any:
+    """The layer packed, if that is possible and it is a plain one; else the layer itself."""
+    if type(linear) is not nn.Linear or linear.weight.device.type != "cpu":
+        return linear
+    return PackedLinear(linear) if can_pack(linear.weight.dtype) else linear
+
+
+@cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether packed layers of this dtype work here, by trying one."""
+    if platform.machine().lower() not in {"x86_64", "amd64"} or dtype not in {torch.float32, torch.bfloat16}:
+        return False
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    linear = nn.Linear(64, 48, dtype=dtype)
+    inputs = torch.linspace(-1, 1, 3 * 64, dtype=dtype).view(3, 64)
+    try:
+        return torch.allclose(PackedLinear(linear)(inputs), linear(inputs), atol=1e-5 if dtype.itemsize == 4 else 2e-2)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
+
+
+class Joined(nn.Module):
+    """Layers with the same input, their outputs side by side."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.cat([layer(inputs) for layer in self.layers], dim=-1)
+
+
+def join(layers: Sequence[Any]) -> Any:
+    """Layers with the same input as one: a single matrix where all are plain, else one after the other."""
+    if any(type(layer) is not nn.Linear for layer in layers) or len({layer.bias is None for layer in layers}) > 1:
+        return Joined([pack(layer) for layer in layers])
+    joined = nn.Linear(
+        layers[0].in_features, sum(layer.out_features for layer in layers), bias=False, device="meta"
+    )  # fmt: skip
+    joined.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
+    if layers[0].bias is not None:
+        joined.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
+    return pack(joined)

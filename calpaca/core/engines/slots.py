@@ -1,0 +1,160 @@
+"""Keys and values of the rows under way: each row has a slot to itself for as long as it runs.
+
+Slots of one capacity lie together on a shelf, so that rows of like length share one attention call and a long row does
+not make short ones longer. Rows come and go without a copy; only when many slots stand empty do some move.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from calpaca.core.errors import ModelError
+from calpaca.core.memory import values_per_token
+from calpaca.core.weights import free_memory
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from calpaca.core.weights import LoadedWeights
+
+SMALLEST = 512
+"""Tokens that fit into a slot of the smallest capacity; each further one is four times as large."""
+
+KEPT_FREE = 512 << 20
+"""Bytes of memory that are left to others."""
+
+
+@dataclass(eq=False)
+class Place:
+    """A row's slot: `tokens` may be written to it, `filled` of them are."""
+
+    shelf: Shelf
+    slot: int
+    tokens: int
+    filled: int = 0
+
+
+class Shelf:
+    """Slots of one capacity: for each layer keys and values [slots, key-value heads, capacity, dimensions].
+
+    A layer is laid out when its first keys arrive, since their shape is the model's affair.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.places: list[Place | None] = []
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def take(self, tokens: int) -> Place:
+        """The first free slot; their number doubles when none is."""
+        if None not in self.places:
+            self._grow(max(1, 2 * len(self.places)))
+        place = Place(self, self.places.index(None), tokens)
+        self.places[place.slot] = place
+        return place
+
+    def release(self, place: Place) -> None:
+        self.places[place.slot] = None
+        used = [place for place in self.places if place is not None]
+        if not used:
+            self.places, self.layers = [], {}
+            return
+        highest = max(used, key=lambda place: place.slot)
+        if 2 * len(used) <= highest.slot:  # more than half would be computed for nothing
+            self._move(highest, self.places.index(None))
+
+    def layer(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer; those given, [tokens, heads, dimensions], show its shape the first time."""
+        if index not in self.layers:
+            self.layers[index] = (self._empty(keys), self._empty(values))
+        return self.layers[index]
+
+    def _empty(self, like: Tensor, slots: int = 0) -> Tensor:
+        shape = (slots or len(self.places), like.shape[1], self.capacity, like.shape[-1])
+        return zeros(shape, like.dtype, like.device)
+
+    def _grow(self, slots: int) -> None:
+        longest = max((place.filled for place in self.places if place is not None), default=0)
+        for index, (keys, values) in self.layers.items():
+            grown = []
+            for states in (keys, values):
+                new = self._empty(states, slots)
+                new[: len(states), :, :longest] = states[:, :, :longest]
+                grown.append(new)
+            self.layers[index] = (grown[0], grown[1])
+        self.places += [None] * (slots - len(self.places))
+
+    def _move(self, place: Place, slot: int) -> None:
+        for layer in self.layers.values():
+            for states in layer:
+                states[slot, :, : place.filled] = states[place.slot, :, : place.filled]
+        self.places[place.slot], self.places[slot] = None, place
+        place.slot = slot
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of zeros; on a CPU its pages take memory only once something is written to them.
+
+    Attention reads past the end of shorter rows: what is there must be finite, since its weight, 0, is multiplied.
+    """
+    import math
+
+    import numpy as np
+    import torch
+
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(shape)
+
+
+class SlotCache:
+    """The shelves of a model, within the memory that is free."""
+
+    def __init__(self, weights: LoadedWeights) -> None:
+        model = weights.model
+        self._context_length = weights.context_length
+        self._device = model.device
+        values = values_per_token(model.config.get_text_config().to_dict())
+        self._token_bytes = (values or 0) * model.dtype.itemsize  # in all layers together
+        self.shelves: dict[int, Shelf] = {}
+
+    def take(self, tokens: int) -> Place | None:
+        """A slot for a row that gets as long as `tokens`; None while the rows under way need the memory.
+
+        Raises ModelError when there is not enough even without them.
+        """
+        running = [place for shelf in self.shelves.values() for place in shelf.places if place is not None]
+        wanted = tokens + sum(place.tokens - place.filled for place in running)
+        free = _free_memory(self._device) - KEPT_FREE
+        if wanted * self._token_bytes > free:
+            if running:
+                return None
+            raise ModelError(
+                f"{tokens} tokens of context take {tokens * self._token_bytes >> 20} MiB of memory,"
+                f" but only {max(free, 0) >> 20} MiB can be used.",
+                "Ask for fewer tokens with --max-new-tokens, use --dtype bfloat16, or close other programs.",
+            )
+        capacity = self._capacity(tokens)
+        return self.shelves.setdefault(capacity, Shelf(capacity)).take(tokens)
+
+    def _capacity(self, tokens: int) -> int:
+        capacity = SMALLEST
+        while capacity < tokens:
+            capacity *= 4
+        return min(capacity, self._context_length)
+
+    def clear(self) -> None:
+        self.shelves.clear()
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on the device; what torch keeps for itself counts as free."""
+    import torch
+
+    if device.type != "cuda":
+        return free_memory()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
