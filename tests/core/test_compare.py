@@ -238,6 +238,14 @@ def test_a_tokenizer_that_gives_other_ids_is_outside_any_tolerance(base: Path, t
     assert result.identical
 
 
+def test_other_chat_templates_are_told(base: Path, tmp_path: Path, compared) -> None:
+    other = copytree(base, tmp_path / "other")
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    result = compared(base, other, new_tokens=0)
+    assert (result.same_template, result.within_tolerance) == (False, True)
+    assert compared(base, base, new_tokens=0).same_template
+
+
 # ---- adapters without effect -------------------------------------------------------------------------------------
 
 

@@ -23,11 +23,13 @@ _SHOWN = 10  # tensors; more are counted
 @click.argument("b")
 @click.option("--adapter", "adapters", multiple=True, metavar="PATH", help="LoRA adapter on A; repeat, in order.")
 @click.option("--other-adapter", "others", multiple=True, metavar="PATH", help="LoRA adapter on B; repeat, in order.")
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Instead of the built-in ones; repeatable.")
+@click.option(
+    "--prompt", "prompts", multiple=True, metavar="TEXT", help="Instead of the built-in ones, up to 256 tokens; repeat."
+)
 @click.option(
     "--tolerance", type=click.FloatRange(min=0), metavar="NUMBER",
     help="Largest difference of logits, in parts of the largest logit. Default: by the coarsest number format that is"
-    " computed in or stored: float32 0.001, float16 0.01, bfloat16 and Q8_0 0.1, 8bit 0.2, others 0.5.",
+    " computed in or stored: float32 0.001, float16 0.01, bfloat16 and Q8_0 0.1, 8bit 0.2, others 1.",
 )  # fmt: skip
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=0), default=32, show_default=True, metavar="INTEGER",
@@ -116,6 +118,8 @@ def _remarks(result: Comparison) -> list[str]:
     remarks = [] if result.within_tolerance else ["", *result.problems]
     if result.rows_a != result.rows_b:
         remarks.append(f"The vocabularies differ: the {result.ids:,} ids that both have are compared.")
+    if not result.same_template:
+        remarks.append("The chat templates differ, which logits say nothing of.")
     remarks += [f"Adapter {name} changes no logit: it has no effect." for name in result.idle]
     if result.identical:
         remarks.append("All logits are identical.")

@@ -45,7 +45,7 @@ TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 1e-1, "Q8_0": 1e-1, 
 """Largest logit difference, relative to the largest logit, by the coarsest number format that either side computes in or
 was stored in."""
 
-_COARSEST = 5e-1  # any other format, such as 4 bits
+_COARSEST = 1.0  # any other format, such as 4 bits: what counts there is the share of equal tokens
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ class Comparison:
     """What two models have in common. `rows_a` and `rows_b` count logits; only the `ids` first ones are compared.
 
     `missing` names the adapters of one side without which it would be nearer to the other, `idle` those that change no
-    logit of their own side. `tensors` is None where a side has adapters or is a GGUF file.
+    logit of their own side. `same_template` is about the chat templates, which logits say nothing of. `tensors` is None
+    where a side has adapters or is a GGUF file.
     """
 
     a: str
@@ -101,6 +102,7 @@ class Comparison:
     tolerance: float
     missing: tuple[str, ...]
     idle: tuple[str, ...]
+    same_template: bool
     prompts: tuple[PromptComparison, ...]
     tensors: TensorComparison | None = None
 
@@ -224,6 +226,7 @@ def _compare(a: ModelSpec, b: ModelSpec, runtime: Runtime, options: CompareOptio
         rows_b=outputs_b.rows,
         missing=(*_missing(files_a, outputs_a, outputs_b), *_missing(files_b, outputs_b, outputs_a)),
         idle=(*_idle(files_a, outputs_a), *_idle(files_b, outputs_b)),
+        same_template=_template(files_a, tokenizers[0]) == _template(files_b, tokenizers[1]),
         tolerance=options.tolerance if options.tolerance is not None else _tolerance(formats),
         prompts=tuple(_compared(number, probes, (outputs_a, outputs_b), tokenizers) for number in range(len(probes))),
         tensors=tensors,
@@ -248,6 +251,10 @@ def _rounded_to(specs: Sequence[ModelSpec], sources: Sequence[Path]) -> list[str
 
 def _tokenizer(files: ModelFiles) -> Tokenizer:
     return load_tokenizer(files.tokenizer, trust_remote_code=files.spec.trust_remote_code)
+
+
+def _template(files: ModelFiles, tokenizer: Tokenizer) -> str | None:
+    return files.template.source if files.template is not None else tokenizer.chat_template
 
 
 def _probe(prompt: str, a: Tokenizer, b: Tokenizer) -> _Probe:
