@@ -97,16 +97,36 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def cast(chunks: Iterable[bytes | memoryview], source: torch.dtype, target: torch.dtype) -> Iterator[Tensor]:
     """The elements of a stream of bytes, rounded to another dtype, piece by piece. Raises NotFinite."""
+    return (rounded(piece, target) for piece in elements(chunks, source))
+
+
+def elements(chunks: Iterable[bytes | memoryview], dtype: torch.dtype) -> Iterator[Tensor]:
+    """The elements of a stream of bytes, in pieces."""
     import torch
 
     left = b""
     for chunk in chunks:
-        data = left + bytes(chunk) if left else chunk
-        whole = len(data) - len(data) % source.itemsize
+        data = bytearray(left)
+        data += chunk
+        whole = len(data) - len(data) % dtype.itemsize
         left = bytes(data[whole:])
         if whole:
-            elements = torch.frombuffer(bytearray(data[:whole]), dtype=source)
-            yield _finite(elements, target).to(target)
+            yield torch.frombuffer(data, dtype=dtype, count=whole // dtype.itemsize)
+
+
+def bounds(values: Tensor) -> tuple[float, float]:
+    """The lowest and highest of some values; NaN if one of them is."""
+    import torch
+
+    low, high = torch.aminmax(values)
+    return float(low), float(high)
+
+
+def fits(low: float, high: float, dtype: torch.dtype) -> bool:
+    """Whether a dtype can hold everything between two values."""
+    import torch
+
+    return -torch.finfo(dtype).max <= low <= high <= torch.finfo(dtype).max
 
 
 def _blocks(shape: Sequence[int]) -> Iterator[slice]:
@@ -117,10 +137,8 @@ def _blocks(shape: Sequence[int]) -> Iterator[slice]:
 
 def _finite(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The values, if all of them fit into a dtype."""
-    import torch
-
     if values.numel():
-        low, high = (float(bound) for bound in torch.aminmax(values))
-        if not -torch.finfo(dtype).max <= low <= high <= torch.finfo(dtype).max:
+        low, high = bounds(values)
+        if not fits(low, high, dtype):
             raise NotFinite(f"values from {low:g} to {high:g}")
     return values

@@ -69,15 +69,16 @@ def check_values(adapter: Adapter) -> frozenset[str]:
             raise UnsupportedError(
                 f"{adapter.weights} holds {key} as {stored.dtype}.", "Save the adapter in float32 or bfloat16."
             )
-        dtype = to_torch(stored.dtype)
-        try:
-            used = [bool(piece.any()) for piece in arithmetic.cast(adapter.checkpoint.chunks(key), dtype, dtype)]
-            if not any(used):
-                zero.add(name)
-        except arithmetic.NotFinite as error:
-            raise AdapterError(
-                f"{adapter.weights} is damaged: {key} holds {error}.", "Take another checkpoint of its training."
-            ) from error
+        dtype, seen = to_torch(stored.dtype), set[tuple[float, float]]()
+        for piece in arithmetic.elements(adapter.checkpoint.chunks(key), dtype):
+            seen.add(found := arithmetic.bounds(piece))
+            if not arithmetic.fits(*found, dtype):
+                raise AdapterError(
+                    f"{adapter.weights} is damaged: {key} holds {found[0]:g} and {found[1]:g}.",
+                    "Take another checkpoint of its training.",
+                )
+        if seen <= {(0.0, 0.0)}:
+            zero.add(name)
     return frozenset(zero)
 
 

@@ -28,6 +28,7 @@ from calpaca.core.convert.source import PARAMS
 from calpaca.core.convert.tokenizer_files import TokenizerFiles
 from calpaca.core.errors import CalpacaError, UsageError
 from calpaca.core.files import ModelFiles
+from calpaca.core.merge.ahead import a_core_for_hashing, look_ahead
 from calpaca.core.merge.base_model import BaseModel, read_base
 from calpaca.core.merge.changes import Scratch
 from calpaca.core.merge.checks import Findings, check_effects, check_place
@@ -136,7 +137,8 @@ def merge(plan: MergePlan, jobs: Ledger, command: Command | None = None) -> Mani
         raise problem
     if plan.output is None:
         raise UsageError("It is not said where to write.", "Plan the merge with an output folder.")
-    return write_model(plan.model, plan.output, jobs, command)
+    with a_core_for_hashing():
+        return write_model(plan.model, plan.output, jobs, command)
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _planned_files(
     if options.format == "pth":
         return pth_files(tensors, config, options.parts)
     container: Container = "safetensors" if options.format == "safetensors" else "torch"
-    return hugging_face_files(tensors, container, options.shard_size)
+    return hugging_face_files(look_ahead(tensors), container, options.shard_size)
 
 
 def _pth_texts(
