@@ -20,6 +20,20 @@ def register_engines() -> list[Component]:
             extra="torch",
             packages=("torch", "transformers"),
         ),
+        Component(
+            "openvino",
+            "OpenVINO GenAI: fast on Intel processors, above all for many requests at once.",
+            "calpaca.core.engines.openvino:open_engine",
+            extra="openvino",
+            packages=("openvino_genai",),
+        ),
+        Component(
+            "llama_cpp",
+            "llama.cpp: any GGUF file as it is, quantized ones too.",
+            "calpaca.core.engines.llama_cpp:open_engine",
+            extra="llama-cpp",
+            packages=("xllamacpp",),
+        ),
         EngineComponent(
             "remote",
             "Any OpenAI-compatible server: vLLM, llama.cpp, Ollama, another calpaca.",

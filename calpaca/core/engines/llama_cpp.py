@@ -1,0 +1,248 @@
+"""The llama_cpp engine: llama.cpp's slots, through xllamacpp, on any GGUF file.
+
+llama.cpp reports the text of an answer and how many tokens it has, but not all of their ids: of a character that is
+several tokens only the last is told. So this engine gives text and counts, and no ids.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from tempfile import TemporaryDirectory
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from calpaca.core.engine import Capabilities, FinishReason, Grammar
+from calpaca.core.engines.answer import Progress
+from calpaca.core.engines.dialect import lark_source
+from calpaca.core.engines.native import Job, NativeEngine, cache_tokens, check_cpu, read_model, threads
+from calpaca.core.engines.prepared import gguf_weights
+from calpaca.core.engines.process import Event, Worker
+from calpaca.core.errors import MissingExtraError, ModelError, UnsupportedError
+from calpaca.core.files import ModelFiles
+from calpaca.core.grammar import KINDS
+
+if TYPE_CHECKING:
+    from calpaca.core.runtime import Runtime
+
+NAME = "llama_cpp"
+
+SLOTS = 8
+"""Requests that run at once; more wait. Each slot has room for a whole context."""
+
+STEP_TOKENS = 512
+"""Tokens of one step; a prompt can be given up between two."""
+
+_PAUSE = 0.005
+"""Seconds that the process waits for tokens before it looks for new requests."""
+_IDLE_CACHE = 512
+"""MiB of main memory for the keys and values of prompts that have lost their slot."""
+
+
+def open_engine(files: ModelFiles, runtime: Runtime) -> NativeEngine:
+    """Prepare the weights and start the engine in a process of its own. Raises ModelError."""
+    check_cpu(NAME, files.spec)
+    if files.spec.dtype == "bfloat16":
+        raise UnsupportedError(f"The engine '{NAME}' does not compute in bfloat16.", "Use --dtype float16 or float32.")
+    check_installed()
+    weights = gguf_weights(files, runtime, NAME)
+    return start_engine(files, weights)
+
+
+def check_installed() -> None:
+    """Raise MissingExtraError where xllamacpp is not there. Imports nothing of it."""
+    from importlib.util import find_spec
+
+    if find_spec("xllamacpp") is None:
+        raise MissingExtraError(f"The engine '{NAME}'", "llama-cpp", "xllamacpp")
+
+
+def start_engine(files: ModelFiles, weights: Path, *, slots: int = SLOTS, isolated: bool = True) -> NativeEngine:
+    """The engine on a GGUF file. Without `isolated` it runs in threads of this process.
+
+    There are fewer slots where memory is short; where not even one whole context fits, the context is shorter.
+    """
+    model = read_model(files, weights)
+    exact = files.spec.dtype == "float32"
+    tokens = cache_tokens(model, slots * model.context_length, 4 if exact else 2)
+    slots = max(tokens // model.context_length, 1)
+    context = min(model.context_length, tokens)
+    arguments = {
+        "weights": str(weights),
+        "slots": slots,
+        "context": context,
+        "exact": exact,
+        "threads": threads(),
+    }
+    worker = Worker(
+        "calpaca.core.engines.llama_cpp:LlamaCppRunner", arguments, f"The engine '{NAME}'", isolated=isolated
+    )
+    capabilities = Capabilities(
+        context_length=context,
+        grammars=KINDS,
+        seed=True,
+        details={"device": "cpu", "dtype": files.spec.dtype, "slots": slots},
+    )
+    return NativeEngine(NAME, worker, model, capabilities, _translate)
+
+
+def _translate(grammar: Grammar) -> tuple[str, str]:
+    return "grammar", f"%llguidance {{}}\n{lark_source(grammar)}"
+
+
+class LlamaCppRunner:
+    """llama.cpp's server without its network: a thread for each slot waits for the tokens of one request.
+
+    `exact` keeps keys and values in float32 and computes attention step by step, so that an answer does not depend on
+    what else runs.
+    """
+
+    def __init__(self, weights: str, *, slots: int, context: int, exact: bool, threads: int | None) -> None:
+        self._folder = TemporaryDirectory(prefix="calpaca-")
+        self._server = _open_server(_parameters(weights, slots, context, exact), Path(self._folder.name), threads)
+        self._context = context
+        self._jobs: SimpleQueue[tuple[int, Job] | None] = SimpleQueue()
+        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._alive: set[int] = set()
+        self._cancelled: set[int] = set()
+        self._slots = [Thread(target=self._serve, daemon=True) for _ in range(slots)]
+        for slot in self._slots:
+            slot.start()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._alive)
+
+    def start(self, key: int, job: Job) -> None:
+        self._alive.add(key)
+        self._jobs.put((key, job))
+
+    def cancel(self, key: int) -> None:
+        if key in self._alive:
+            self._cancelled.add(key)
+
+    def step(self) -> list[Event]:
+        """What the slots have reported, after a short wait where there is nothing yet."""
+        events: list[Event] = []
+        try:
+            events.append(self._events.get(timeout=_PAUSE))
+            while True:
+                events.append(self._events.get_nowait())
+        except Empty:
+            pass
+        for key, _, last in events:
+            if last:
+                self._alive.discard(key)
+                self._cancelled.discard(key)
+        return events
+
+    def close(self) -> None:
+        self._cancelled |= self._alive
+        for _ in self._slots:
+            self._jobs.put(None)
+        for slot in self._slots:
+            slot.join()
+        del self._server
+        self._folder.cleanup()
+
+    # In a slot's thread ---------------------------------------------------------------------------------------------
+    def _serve(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._events.put(self._answer(*job))
+
+    def _answer(self, key: int, job: Job) -> Event:
+        """Run one request; its last event."""
+        if key in self._cancelled:
+            return key, Progress(finish="cancelled"), True
+        told = 0
+        last: Progress | Exception = Progress(finish="cancelled")
+
+        def take(chunk: dict[str, Any]) -> bool:
+            """Pass on one chunk; True ends the request."""
+            nonlocal told, last
+            if "error" in chunk:
+                last = ModelError(f"llama.cpp failed: {chunk['error'].get('message', '')}", "Try another engine.")
+                return True
+            progress, told = _progress(chunk, told)
+            if progress.finish is not None:
+                last = progress
+            elif progress != Progress():
+                self._events.put((key, progress, False))
+            return key in self._cancelled
+
+        try:
+            self._server.handle_completions(_body(job, self._context), take)
+        except Exception as error:
+            last = ModelError(f"llama.cpp failed: {error}", "Try another engine.")
+        return key, last, True
+
+
+def _progress(chunk: dict[str, Any], told: int) -> tuple[Progress, int]:
+    """A chunk in our words, and how many tokens were told of so far."""
+    choice = chunk["choices"][0]
+    tokens = max(int(chunk.get("timings", {}).get("predicted_n", told)), told)
+    cached = int(chunk.get("prompt_progress", {}).get("cache", 0))
+    reason: FinishReason | None = choice["finish_reason"]
+    return Progress(text=choice["text"], tokens=tokens - told, finish=reason, cached=cached), tokens
+
+
+def _body(job: Job, context: int) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "prompt": list(job.prompt),
+        "n_predict": job.max_new_tokens,
+        "stream": True,
+        "return_progress": True,  # chunks while the prompt is read: the request can be given up there
+        "timings_per_token": True,  # the number of tokens
+        "cache_prompt": True,
+        "samplers": ["penalties", "temperature", "top_k", "top_p"],
+        "temperature": job.temperature,
+        "top_k": job.top_k,
+        "top_p": job.top_p,
+        "repeat_penalty": job.repetition_penalty,
+        "repeat_last_n": context,
+    }
+    if job.seed is not None:
+        body["seed"] = job.seed
+    if job.grammar is not None:
+        kind, text = job.grammar
+        body[kind] = text
+    return body
+
+
+def _parameters(weights: str, slots: int, context: int, exact: bool) -> Any:
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = weights
+    parameters.n_parallel = slots
+    parameters.n_ctx = slots * context
+    parameters.n_batch = STEP_TOKENS
+    parameters.cache_ram_mib = _IDLE_CACHE
+    parameters.ctx_shift = False
+    parameters.fit_params = False
+    parameters.warmup = False
+    parameters.ui = False
+    parameters.n_gpu_layers = 0
+    parameters.verbosity = 1
+    if exact:
+        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return parameters
+
+
+def _open_server(parameters: Any, folder: Path, threads: int | None) -> Any:
+    """llama.cpp's server always listens somewhere: here on a socket that only this user reaches, with a key."""
+    import xllamacpp
+
+    parameters.api_keys = [secrets.token_hex(16)]
+    if os.name == "posix":
+        parameters.hostnames = [str(folder / "unused.sock")]
+    if threads is not None:
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    try:
+        return xllamacpp.Server(parameters)
+    except Exception as error:
+        name = Path(parameters.model.path).name
+        raise ModelError(f"llama.cpp cannot load {name}: {error}", "Use --engine transformers.") from error

@@ -1,0 +1,191 @@
+"""What engines on native libraries share: the library runs in a process of its own and sees token ids only; texts,
+templates, stop texts and limits are dealt with here, as for every other engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calpaca.core import gguf
+from calpaca.core.engine import Capabilities, Grammar, Handle, Request, refuse_unsupported
+from calpaca.core.engines.answer import Answer
+from calpaca.core.engines.process import Worker
+from calpaca.core.errors import ContextOverflowError, UnsupportedError, UsageError
+from calpaca.core.files import ModelFiles
+from calpaca.core.spec import ModelSpec
+from calpaca.core.template import NamedTemplate, choose_template
+from calpaca.core.tokenizer import Tokenizer, load_tokenizer
+from calpaca.core.weights import check_vocabulary, free_memory
+
+DEFAULT_NEW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request as a native library takes it. `grammar` is in the library's own form."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    seed: int | None
+    grammar: tuple[str, str] | None
+
+
+@dataclass(frozen=True)
+class NativeModel:
+    """What is known of a model from the files alone. `cache_values` are the numbers kept for each token of context."""
+
+    tokenizer: Tokenizer
+    template: NamedTemplate | None
+    context_length: int
+    vocabulary_size: int
+    eos_ids: tuple[int, ...]
+    cache_values: int
+
+
+def read_model(files: ModelFiles, weights: Path) -> NativeModel:
+    """Read tokenizer, configuration and the header of the prepared weights. Raises ModelError."""
+    tokenizer = load_tokenizer(files.tokenizer, trust_remote_code=files.spec.trust_remote_code)
+    header = gguf.read_header(weights)
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
+    vocabulary = shapes["token_embd.weight"][-1]
+    check_vocabulary(len(tokenizer), vocabulary)
+
+    def number(key: str, default: int = 0) -> int:
+        return int(header.of_architecture(key) or default)
+
+    heads = number("attention.head_count", 1)
+    head_size = number("attention.key_length", number("embedding_length") // heads)
+    return NativeModel(
+        tokenizer,
+        files.template,
+        number("context_length"),
+        vocabulary,
+        _eos_ids(files.weights, tokenizer),
+        2 * number("block_count") * number("attention.head_count_kv", heads) * head_size,
+    )
+
+
+def _eos_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end an answer: those of the generation config, the config and the tokenizer."""
+    from calpaca.core.convert.json_file import read_object
+
+    declared: list[Any] = [
+        read_object(folder / name).get("eos_token_id")
+        for name in ("generation_config.json", "config.json")
+        if (folder / name).is_file()
+    ]
+    declared.append(tokenizer.token_id(tokenizer.special_tokens.get("eos_token", "")))
+    flat = [index for value in declared for index in (value if isinstance(value, list) else [value])]
+    return tuple(dict.fromkeys(int(index) for index in flat if index is not None))
+
+
+def cache_tokens(model: NativeModel, wanted: int, value_bytes: int) -> int:
+    """How many tokens' keys and values there is room for: at most `wanted`, and a quarter of the free memory."""
+    return min(wanted, max(free_memory() // 4 // (model.cache_values * value_bytes), 1))
+
+
+def threads() -> int | None:
+    """The number of threads that OMP_NUM_THREADS asks for, as for every other library; None where it asks nothing."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else None
+
+
+def check_cpu(engine: str, spec: ModelSpec) -> None:
+    """Refuse, by name, what a spec asks of the transformers engine."""
+    if spec.device not in {"auto", "cpu"}:
+        raise UnsupportedError(
+            f"The engine '{engine}' runs on the CPU here, not on {spec.device}.", "Use --engine transformers."
+        )
+    if spec.quantization not in {None, "8bit"}:
+        raise UnsupportedError(
+            f"The engine '{engine}' has no {spec.quantization} quantization of its own.",
+            "Use --quantization 8bit, or name a GGUF file that is quantized already.",
+        )
+
+
+class NativeEngine:
+    """An engine whose library runs in a worker. Thread-safe; see `calpaca.core.engine.Engine`.
+
+    `translate` turns a grammar into the library's form, and raises UsageError or UnsupportedError.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        worker: Worker,
+        model: NativeModel,
+        capabilities: Capabilities,
+        translate: Callable[[Grammar], tuple[str, str]],
+    ) -> None:
+        self.name = name
+        self.worker = worker
+        self.template = choose_template(model.tokenizer, model.template)
+        self._model = model
+        self._capabilities = capabilities
+        self._limit = capabilities.context_length or model.context_length
+        self._translate = translate
+        self._eos_ids = frozenset(model.eos_ids)
+        worker.open()
+
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    def encode(self, text: str | tuple[str, ...], *, special_tokens: bool = False) -> list[int]:
+        return self._model.tokenizer.encode(text, special_tokens=special_tokens)
+
+    def decode(self, token_ids: list[int]) -> str:
+        return self._model.tokenizer.decode(token_ids)
+
+    def submit(self, request: Request) -> Handle:
+        """Hand a request to the worker; see `Engine.submit`."""
+        refuse_unsupported(self.name, self._capabilities, request)
+        prompt = self.encode(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
+        self._check_prompt(prompt)
+        new_tokens = self._new_tokens(len(prompt), request.sampling.max_new_tokens)
+        sampling = request.sampling
+        job = Job(
+            tuple(prompt), new_tokens, sampling.temperature, sampling.top_p, sampling.top_k,
+            sampling.repetition_penalty, sampling.seed,
+            self._translate(request.grammar) if request.grammar is not None else None,
+        )  # fmt: skip
+        return self._hand_over(request, job)
+
+    def _hand_over(self, request: Request, job: Job) -> Handle:
+        key = 0
+
+        def release() -> None:
+            self.worker.cancel(key)
+
+        answer = Answer(
+            request, list(job.prompt), max_new_tokens=job.max_new_tokens, tokenizer=self._model.tokenizer,
+            eos_ids=self._eos_ids, release=release,
+        )  # fmt: skip
+        key = self.worker.start(job, answer)
+        return answer.handle
+
+    def _check_prompt(self, prompt: list[int]) -> None:
+        if not prompt:
+            raise UsageError("The prompt is empty.", "Give at least one token of text.")
+        if max(prompt) >= self._model.vocabulary_size or min(prompt) < 0:
+            raise UsageError(
+                f"Token id {max(prompt)} is outside the vocabulary of {self._model.vocabulary_size}.",
+                "Use ids of this model's own tokenizer.",
+            )
+
+    def _new_tokens(self, prompt_tokens: int, wanted: int | None) -> int:
+        """How many tokens the answer may have. Raises ContextOverflowError when that does not fit."""
+        room = self._limit - prompt_tokens
+        new_tokens = min(DEFAULT_NEW_TOKENS, max(room, 1)) if wanted is None else wanted
+        if new_tokens > room:
+            raise ContextOverflowError(prompt_tokens, new_tokens, self._limit)
+        return new_tokens
+
+    def close(self) -> None:
+        self.worker.close()

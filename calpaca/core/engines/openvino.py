@@ -1,0 +1,240 @@
+"""The openvino engine: OpenVINO GenAI's continuous batching over prepared GGUF weights."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calpaca.core.engine import Capabilities, Grammar
+from calpaca.core.engines.answer import Progress
+from calpaca.core.engines.dialect import xgrammar_regex
+from calpaca.core.engines.native import (
+    Job,
+    NativeEngine,
+    NativeModel,
+    cache_tokens,
+    check_cpu,
+    read_model,
+    threads,
+)
+from calpaca.core.engines.prepared import gguf_weights
+from calpaca.core.engines.process import Event, Worker
+from calpaca.core.errors import MissingExtraError, ModelError, UnsupportedError, UsageError
+from calpaca.core.files import ModelFiles
+
+if TYPE_CHECKING:
+    from calpaca.core.runtime import Runtime
+
+NAME = "openvino"
+
+READ_EXACTLY = frozenset({"F16", "Q8_0"})
+"""Types of matrices in GGUF files that OpenVINO reads, and without a loss. It reads Q4_1 with one, and float32 not."""
+
+MAX_ROWS = 64
+"""Requests that run at once; more wait."""
+
+STEP_TOKENS = 512
+"""Tokens of one step: the running answers' next ones, and pieces of new prompts."""
+
+_BLOCK = 32  # tokens whose keys and values are kept together
+_PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def open_engine(files: ModelFiles, runtime: Runtime) -> NativeEngine:
+    """Prepare the weights and start the engine in a process of its own. Raises ModelError."""
+    check_cpu(NAME, files.spec)
+    if files.spec.dtype not in {"auto", *_PRECISIONS}:
+        raise UnsupportedError(
+            f"The engine '{NAME}' does not compute in {files.spec.dtype}.", "Use --dtype float32 or bfloat16."
+        )
+    check_installed()
+    weights = gguf_weights(files, runtime, NAME, READ_EXACTLY)
+    return start_engine(files, weights)
+
+
+def check_installed() -> None:
+    """Raise MissingExtraError where OpenVINO GenAI is not there. Imports nothing of it."""
+    from importlib.util import find_spec
+
+    if find_spec("openvino_genai") is None:
+        raise MissingExtraError(f"The engine '{NAME}'", "openvino", "openvino-genai")
+
+
+def start_engine(files: ModelFiles, weights: Path, *, isolated: bool = True) -> NativeEngine:
+    """The engine on prepared weights. Without `isolated` it runs in this process, and stops it during a step."""
+    model = read_model(files, weights)
+    precision = _PRECISIONS.get(files.spec.dtype)
+    tokens = cache_tokens(model, MAX_ROWS * model.context_length, 4 if precision == "f32" else 2)
+    arguments = {
+        "weights": str(weights),
+        "blocks": max(tokens // _BLOCK, 2),
+        "eos_ids": model.eos_ids,
+        "precision": precision,
+        "threads": threads(),
+    }
+    worker = Worker(
+        "calpaca.core.engines.openvino:OpenVinoRunner", arguments, f"The engine '{NAME}'", isolated=isolated
+    )
+    return NativeEngine(NAME, worker, model, _capabilities(model, tokens, precision), _translate)
+
+
+def _capabilities(model: NativeModel, tokens: int, precision: str | None) -> Capabilities:
+    """The library gives the log probability of the chosen token alone, after temperature and filters: no logprobs."""
+    return Capabilities(
+        context_length=min(model.context_length, tokens),
+        grammars=frozenset({"regex"}),
+        details={"device": "cpu", "dtype": precision or "auto", "cache_tokens": tokens},
+    )
+
+
+def _translate(grammar: Grammar) -> tuple[str, str]:
+    return "regex", xgrammar_regex(grammar)
+
+
+class OpenVinoRunner:
+    """The library's batch. Used by one thread, in the engine's process."""
+
+    def __init__(
+        self, weights: str, blocks: int, eos_ids: tuple[int, ...], precision: str | None, threads: int | None
+    ) -> None:
+        import openvino
+        import openvino_genai
+
+        self._openvino, self._genai = openvino, openvino_genai
+        self._eos_ids = eos_ids
+        properties: dict[str, Any] = {}
+        if precision is not None:
+            properties["INFERENCE_PRECISION_HINT"] = precision
+        if precision == "f32":
+            properties["KV_CACHE_PRECISION"] = "f32"
+        if threads is not None:
+            properties["INFERENCE_NUM_THREADS"] = threads
+        try:
+            self._pipeline = openvino_genai.ContinuousBatchingPipeline(
+                weights, self._scheduling(blocks), "CPU", properties
+            )
+        except RuntimeError as error:
+            raise ModelError(
+                f"OpenVINO cannot load {Path(weights).name}: {_reason(error)}", "Use --engine transformers."
+            ) from error
+        self._handles: dict[int, Any] = {}
+        self._cancelled: set[int] = set()
+        self._waiting: deque[tuple[int, Job]] = deque()  # whose grammar may turn out to be unreadable
+        self._unproven: int | None = None  # the one of them whose first token is awaited
+
+    def _scheduling(self, blocks: int) -> Any:
+        config = self._genai.SchedulerConfig()
+        config.num_kv_blocks = blocks
+        config.enable_prefix_caching = True
+        config.dynamic_split_fuse = True
+        config.max_num_seqs = MAX_ROWS
+        config.max_num_batched_tokens = STEP_TOKENS
+        return config
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._handles or self._waiting)
+
+    def start(self, key: int, job: Job) -> None:
+        if job.grammar is not None:
+            self._waiting.append((key, job))
+        else:
+            self._add(key, job)
+
+    def _add(self, key: int, job: Job) -> None:
+        import numpy as np
+
+        ids = self._openvino.Tensor(np.array([job.prompt], dtype=np.int64))
+        self._handles[key] = self._pipeline.add_request(key, ids, self._generation(job))
+
+    def _generation(self, job: Job) -> Any:
+        config = self._genai.GenerationConfig()
+        if self._eos_ids:
+            config.eos_token_id = self._eos_ids[0]
+            config.stop_token_ids = set(self._eos_ids)
+        config.max_new_tokens = job.max_new_tokens
+        config.repetition_penalty = job.repetition_penalty
+        if job.temperature > 0.0:
+            config.do_sample = True
+            config.temperature = job.temperature
+            config.top_p = job.top_p
+            if job.top_k:
+                config.top_k = job.top_k
+            config.rng_seed = secrets.randbits(32) if job.seed is None else job.seed
+        if job.grammar is not None:
+            kind, text = job.grammar
+            config.structured_output_config = self._genai.StructuredOutputConfig(**{kind: text})
+        return config
+
+    def cancel(self, key: int) -> None:
+        self._cancelled.add(key)
+        if key in self._handles:
+            self._handles[key].cancel()
+
+    def step(self) -> list[Event]:
+        """One forward pass of everything that runs."""
+        events = self._prove_next()
+        try:
+            self._pipeline.step()
+        except RuntimeError as error:
+            return [*events, self._blame(error)]
+        for key, handle in list(self._handles.items()):
+            events += self._events(key, handle)
+        return events
+
+    def _prove_next(self) -> list[Event]:
+        """A grammar that the library cannot read fails the step, without saying whose it is: one new one at a time."""
+        events: list[Event] = []
+        while self._waiting and self._unproven is None:
+            key, job = self._waiting.popleft()
+            if key in self._cancelled:
+                events.append(self._end(key, Progress(finish="cancelled")))
+            else:
+                self._add(key, job)
+                self._unproven = key
+        return events
+
+    def _blame(self, error: RuntimeError) -> Event:
+        """End the request whose grammar was new. Raises the error where there is none: then the library is broken."""
+        if self._unproven is None:
+            raise error
+        self._handles[self._unproven].cancel()
+        return self._end(
+            self._unproven, UsageError(f"OpenVINO cannot use this grammar: {_reason(error)}", "Simplify it.")
+        )
+
+    def _events(self, key: int, handle: Any) -> list[Event]:
+        status = handle.get_status().name
+        if key in self._cancelled:
+            return [self._end(key, Progress(finish="cancelled"))]
+        ids: list[int] = []
+        while handle.can_read():
+            for output in handle.read().values():
+                ids += output.generated_ids
+                finish = output.finish_reason.name
+        if ids and key == self._unproven:
+            self._unproven = None
+        if status == "RUNNING":
+            return [(key, Progress(tuple(ids)), False)] if ids else []
+        if status == "IGNORED":
+            return [self._end(key, ModelError("There is no room for this request in OpenVINO's cache.", "Shorten it."))]
+        return [self._end(key, Progress(tuple(ids), finish="length" if ids and finish == "LENGTH" else "stop"))]
+
+    def _end(self, key: int, payload: Any) -> Event:
+        self._handles.pop(key, None)
+        self._cancelled.discard(key)
+        self._unproven = None if self._unproven == key else self._unproven
+        return key, payload, True
+
+    def close(self) -> None:
+        for handle in self._handles.values():
+            handle.cancel()
+        del self._pipeline
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last line of a message of OpenVINO, which begins with places in its sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,80 @@
+"""Weights in the form of a native engine: a GGUF file, made once from whatever a model consists of."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calpaca.core import gguf
+from calpaca.core.disk import check_space, disk_errors, megabytes
+from calpaca.core.engines.retyped import matrix_types, retype
+from calpaca.core.errors import ModelError
+from calpaca.core.files import ModelFiles
+from calpaca.core.lock import exclusive
+from calpaca.core.paths import atomic_file, cache_dir
+
+if TYPE_CHECKING:
+    from calpaca.core.runtime import Runtime
+
+logger = logging.getLogger("calpaca")
+
+_RECIPE = 1  # part of the cache's key: a better preparation must not find the older one's result
+_BYTES = {"F32": 4.0, "F16": 2.0, "Q8_0": 34 / 32}
+
+
+def gguf_weights(files: ModelFiles, runtime: Runtime, engine: str, accepted: frozenset[str] | None = None) -> Path:
+    """The model as one GGUF file. A file of the user's own is taken as it is where all of its matrices have a type that
+    is `accepted` (None: any) and nothing is to be put on it; everything else is written to the cache once.
+
+    Raises ModelError for what cannot be written as GGUF, DownloadError where the disk is full.
+    """
+    own = _own_file(files, runtime)
+    wanted = _wanted_type(files, accepted)
+    if own is not None and files.spec.quantization is None:
+        types = matrix_types(own)
+        if accepted is None or types <= accepted:
+            return own
+        logger.warning(
+            "%s has matrices of the type %s, which %s reads inexactly: it is given %s.",
+            own.name, ", ".join(sorted(types - (accepted or types))), engine, wanted,
+        )  # fmt: skip
+    target = _place(files, wanted)
+    if not target.is_file():
+        with exclusive(target):
+            if not target.is_file():
+                _prepare(files, own, wanted, target, engine)
+    return target
+
+
+def _own_file(files: ModelFiles, runtime: Runtime) -> Path | None:
+    """The GGUF file that the model was named by, where nothing else goes into the weights or the vocabulary."""
+    from calpaca.core.sources import resolve_model
+
+    if files.adapters:
+        return None
+    path = resolve_model(files.spec.model, runtime, revision=files.spec.revision).path
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def _wanted_type(files: ModelFiles, accepted: frozenset[str] | None) -> str:
+    if files.spec.quantization == "8bit":
+        return "Q8_0"
+    return "F32" if files.spec.dtype == "float32" and (accepted is None or "F32" in accepted) else "F16"
+
+
+def _place(files: ModelFiles, wanted: str) -> Path:
+    key = hashlib.sha256(f"{files.fingerprint} {wanted} {_RECIPE}".encode()).hexdigest()
+    return cache_dir() / "prepared" / f"{key[:32]}.gguf"
+
+
+def _prepare(files: ModelFiles, own: Path | None, wanted: str, target: Path, engine: str) -> None:
+    name = f"{files.name} for {engine}"
+    if own is None:
+        raise ModelError(f"{files.name} is no GGUF file.", "Name a GGUF file.")
+    needed = int(gguf.read_header(own).parameters * _BYTES[wanted])
+    check_space(target.parent, needed, name)
+    logger.info("Preparing %s: %s, once.", name, megabytes(needed))
+    with disk_errors(target.parent, name, needed), atomic_file(target) as unfinished:
+        retype(own, wanted, unfinished)
