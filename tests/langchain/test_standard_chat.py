@@ -100,7 +100,7 @@ class TestChatCalpacaIntegration(ChatModelIntegrationTests):
 
 
 def test_a_model_named_in_a_call_answers_with_its_own_weights():
-    own, other = ChatCalpaca(model=MODEL, max_tokens=24), ChatCalpaca(model=OTHER, max_tokens=24)
+    own, other = (ChatCalpaca(model=name, max_tokens=8) for name in (MODEL, OTHER))
     question = "What is a llama?"
     answers = [own.invoke(question), own.invoke(question, model=OTHER), other.invoke(question), own.invoke(question)]
     assert [answer.response_metadata["model_name"] for answer in answers] == [MODEL, OTHER, OTHER, MODEL]
