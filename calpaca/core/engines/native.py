@@ -158,16 +158,12 @@ class NativeEngine:
         return self._hand_over(request, job)
 
     def _hand_over(self, request: Request, job: Job) -> Handle:
-        key = 0
-
-        def release() -> None:
-            self.worker.cancel(key)
-
+        key = self.worker.new_key()
         answer = Answer(
             request, list(job.prompt), max_new_tokens=job.max_new_tokens, tokenizer=self._model.tokenizer,
-            eos_ids=self._eos_ids, release=release,
+            eos_ids=self._eos_ids, release=lambda: self.worker.cancel(key),
         )  # fmt: skip
-        key = self.worker.start(job, answer)
+        self.worker.start(key, job, answer)
         return answer.handle
 
     def _check_prompt(self, prompt: list[int]) -> None:

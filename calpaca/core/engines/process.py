@@ -63,6 +63,10 @@ class Sink(Protocol):
 
     def fail(self, error: Exception) -> None: ...
 
+    def cancel(self) -> None:
+        """The worker was closed."""
+        ...
+
 
 class Worker:
     """A runner in a process, started again when it is needed after a crash. Thread-safe.
@@ -87,14 +91,14 @@ class Worker:
         if child.error is not None:
             raise child.error
 
-    def start(self, job: Any, sink: Sink) -> int:
-        """Hand a job over; the key is for `cancel`. Raises ModelError when the worker is closed."""
-        key = next(self._keys)
-        child = self._living()
-        with child.lock:
-            child.sinks[key] = sink
-        child.send(("start", key, job))
-        return key
+    def new_key(self) -> int:
+        """For one job."""
+        return next(self._keys)
+
+    def start(self, key: int, job: Any, sink: Sink) -> None:
+        """Hand a job over. Raises ModelError when the worker is closed."""
+        while not self._living().start(key, job, sink):
+            pass  # it ended just now
 
     def cancel(self, key: int) -> None:
         child = self._child
@@ -139,7 +143,8 @@ class _Child:
     def __init__(self, target: str, arguments: dict[str, Any], title: str, *, isolated: bool) -> None:
         self._title = title
         self.sinks: dict[int, Sink] = {}
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._closing = False
         self._sending = threading.Lock()
         self.ready, self.ended = threading.Event(), threading.Event()
         self.error: Exception | None = None
@@ -154,6 +159,15 @@ class _Child:
         self._connection.send((target, arguments))
         self._reader = threading.Thread(target=self._read, name=f"calpaca-{title}-reader", daemon=True)
         self._reader.start()
+
+    def start(self, key: int, job: Any, sink: Sink) -> bool:
+        """Whether the job was handed over: not to a process that has ended."""
+        with self._lock:
+            if self.ended.is_set():
+                return False
+            self.sinks[key] = sink
+        self.send(("start", key, job))
+        return True
 
     def send(self, message: Any) -> None:
         """A process that has just ended cannot be told; the reader finds out and tells everybody."""
@@ -178,7 +192,7 @@ class _Child:
                 self._deliver(key, payload, last)
 
     def _deliver(self, key: int, payload: Any, last: bool) -> None:
-        with self.lock:
+        with self._lock:
             sink = self.sinks.pop(key, None) if last else self.sinks.get(key)
         if sink is None:
             return
@@ -195,12 +209,15 @@ class _Child:
             f"{self._title} ended unexpectedly ({self._how()}).",
             self._last_line() or "It is started again when needed.",
         )
-        self.ended.set()
-        self.ready.set()
-        with self.lock:
+        with self._lock:
+            self.ended.set()
             left, self.sinks = self.sinks, {}
+        self.ready.set()
         for sink in left.values():
-            sink.fail(self.error)
+            if self._closing:
+                sink.cancel()
+            else:
+                sink.fail(self.error)
         self._log.close()
 
     def _reap(self) -> None:
@@ -226,6 +243,7 @@ class _Child:
         return f"It is started again when needed. Its last words: {lines[-1][:300]}" if lines else ""
 
     def end(self) -> None:
+        self._closing = True
         self.send(None)
         if threading.current_thread() is not self._reader:
             self._reader.join(2 * _PATIENCE)
