@@ -39,8 +39,6 @@ class RemoteEmbedder:
         self.name = model
         self._settings = settings
         self._secret = read_api_key(settings)
-        options = client_options(settings, self._secret)
-        self._client = httpx.Client(**options)
         self.dimensions = int(self.embed_query("dimensions").shape[0])
 
     @property
@@ -54,7 +52,9 @@ class RemoteEmbedder:
         if not texts:
             return np.zeros((0, self.dimensions), np.float32)
         batches = [texts[start : start + self.batch_size] for start in range(0, len(texts), self.batch_size)]
-        vectors = np.asarray([row for batch in batches for row in self._ask(batch)], dtype=np.float32)
+        with httpx.Client(**client_options(self._settings, self._secret)) as client:
+            rows = [row for batch in batches for row in self._ask(client, batch)]
+        vectors = np.asarray(rows, dtype=np.float32)
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
         return vectors
 
@@ -65,12 +65,12 @@ class RemoteEmbedder:
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [estimated_tokens(text) for text in texts]
 
-    def _ask(self, texts: Sequence[str]) -> list[list[float]]:
+    def _ask(self, client: httpx.Client, texts: Sequence[str]) -> list[list[float]]:
         """Vectors in the order of the texts."""
         body = {"model": self.name, "input": list(texts), "encoding_format": "float"}
         for attempt in range(1, self._settings.retries + 2):
             try:
-                return _vectors(self._post(body), len(texts), self._address.shown)
+                return _vectors(self._post(client, body), len(texts), self._address.shown)
             except PassingError as error:
                 if attempt > self._settings.retries:
                     raise ModelError(
@@ -79,10 +79,10 @@ class RemoteEmbedder:
                 time.sleep(backoff(attempt) if error.wait is None else min(error.wait, 60.0))
         raise AssertionError("unreachable")
 
-    def _post(self, body: Mapping[str, Any]) -> Any:
+    def _post(self, client: httpx.Client, body: Mapping[str, Any]) -> Any:
         shown = self._address.shown
         try:
-            response = self._client.post(f"{self._address.url}/embeddings", json=body)
+            response = client.post(f"{self._address.url}/embeddings", json=body)
         except httpx.ReadTimeout as error:
             raise silent(shown, self._settings.timeout) from error
         except httpx.TransportError as error:

@@ -359,6 +359,7 @@ class RemoteEngine:
         if self._closed:
             return
         self._closed = True
+        self._loop.cancel_all()
         with suppress(AttributeError):  # it may have failed before there was a client
             self._loop.wait(self._client.aclose())
         self._loop.close()

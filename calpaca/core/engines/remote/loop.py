@@ -28,11 +28,15 @@ class LoopThread:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call)
 
+    def cancel_all(self) -> None:
+        """Cancel what runs and wait until it has ended."""
+        self.wait(_cancel_all())
+
     def close(self) -> None:
-        """Cancel what runs, wait until it has ended, and stop. Idempotent."""
+        """Cancel what runs, and stop. Idempotent."""
         if self._loop.is_closed():
             return
-        self.wait(_cancel_all())
+        self.cancel_all()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
