@@ -1,0 +1,101 @@
+"""Which engine `auto` means, and measuring them for it."""
+
+import json
+
+import pytest
+
+import calpaca
+from calpaca.core.engine_choice import (
+    DEFAULT,
+    Measurement,
+    anything_measured,
+    choose_engine,
+    read_measurements,
+    record_measurements,
+)
+from calpaca.core.engine_plot import plot_throughput
+from calpaca.core.paths import data_dir
+from calpaca.core.registry import Component
+
+CHATTY = Measurement("transformers", {1: 60.0, 8: 100.0}, first_token=0.1, load=1.0, memory=10**9)
+BUSY = Measurement("busy", {1: 50.0, 8: 300.0, 32: 900.0})
+
+
+@pytest.fixture
+def runtime(own_places):
+    with calpaca.runtime() as runtime:
+        runtime.engines.add(Component("busy", "A fast one.", "json:loads", packages=("json",)), "a test")
+        runtime.engines.add(Component("absent", "Not here.", "json:loads", packages=("no_such_package",)), "a test")
+        yield runtime
+        runtime.engines.withdraw("a test")
+
+
+def test_what_was_measured_is_read_back(own_places):
+    assert not anything_measured()
+    record_measurements("model", [CHATTY])
+    record_measurements("model", [BUSY])
+    assert read_measurements("model") == [CHATTY, BUSY]
+    assert read_measurements("another model") == []
+    assert anything_measured()
+
+
+def test_a_new_measurement_replaces_the_old_one(own_places):
+    record_measurements("model", [CHATTY, BUSY])
+    record_measurements("model", [Measurement("busy", {1: 1.0})])
+    assert {each.engine: each.speed("chat") for each in read_measurements("model")} == {
+        "transformers": 60.0,
+        "busy": 1.0,
+    }
+
+
+def test_one_stream_and_load_may_choose_different_engines(runtime):
+    record_measurements("model", [CHATTY, BUSY])
+    assert choose_engine(runtime, "model", "chat") == "transformers"
+    assert choose_engine(runtime, "model", "load") == "busy"
+
+
+def test_without_a_measurement_of_this_model_the_exact_engine_runs_it(runtime):
+    record_measurements("model", [BUSY])
+    assert choose_engine(runtime, "another model", "load") == DEFAULT == "transformers"
+
+
+def test_an_engine_that_failed_or_is_no_longer_installed_is_not_chosen(runtime):
+    failed = Measurement("busy", error="it crashed")
+    record_measurements("model", [CHATTY, failed, Measurement("absent", {1: 999.0})])
+    assert choose_engine(runtime, "model", "chat") == "transformers"
+
+
+def test_a_damaged_file_counts_as_nothing_measured(runtime):
+    record_measurements("model", [BUSY])
+    (data_dir() / "engines.json").write_text("{")
+    assert choose_engine(runtime, "model", "load") == DEFAULT
+    record_measurements("model", [BUSY])
+    assert choose_engine(runtime, "model", "load") == "busy"
+
+
+def test_throughput_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install 'calpaca[plot]'")
+    plot_throughput([CHATTY, BUSY, Measurement("broken", error="it crashed")], tmp_path / "plot.png", "a model")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_measuring_the_transformers_engine_lets_auto_take_it(smollm2, own_places, tmp_path, capsys):
+    from calpaca.cli.main import main
+
+    arguments = ["bench", "engines", "--model", str(smollm2), "--engine", "transformers", "--streams", "1", "--json"]
+    assert main(arguments) == 0
+    (measured,) = json.loads(capsys.readouterr().out)["engines"]
+    assert measured["error"] is None
+    assert measured["tokens_per_second"]["1"] > 0
+    assert measured["first_token"] > 0
+    assert measured["memory"] > 100_000_000
+
+
+def test_an_engine_that_cannot_load_the_model_is_told(own_places, tmp_path):
+    from calpaca.core.engine_bench import measure
+    from calpaca.core.spec import ModelSpec
+
+    measured = measure("transformers", ModelSpec(model=str(tmp_path)), [1])
+    assert measured.error is not None
+    assert str(tmp_path) in measured.error
