@@ -19,12 +19,12 @@ pytest.importorskip("xllamacpp", reason="pip install 'calpaca[llama-cpp]'")
 
 @pytest.fixture(scope="module")
 def llama_cpp_engine(smollm2: Path, smollm2_gguf: Path, sources_runtime: Runtime) -> Iterator[NativeEngine]:
-    from calpaca.core.engines.llama_cpp import NAME, start_engine
+    from calpaca.core.engines.llama_cpp import EXACT, NAME, start_engine
 
     files = ModelFiles(
         "smollm2", ModelSpec(model=str(smollm2_gguf), device="cpu", dtype="float32"), smollm2, (), smollm2, None
     )
-    engine = start_engine(files, gguf_weights(files, sources_runtime, NAME), slots=4)
+    engine = start_engine(files, gguf_weights(files, sources_runtime, NAME, EXACT), slots=4)
     yield engine
     engine.close()
 

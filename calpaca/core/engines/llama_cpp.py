@@ -35,6 +35,9 @@ SLOTS = 8
 STEP_TOKENS = 512
 """Tokens of one step; a prompt can be given up between two."""
 
+EXACT = frozenset({"F32"})
+"""Types of matrices that llama.cpp multiplies in float32; with others it rounds what they are multiplied with, too."""
+
 _PAUSE = 0.005
 """Seconds that the process waits for tokens before it looks for new requests."""
 _IDLE_CACHE = 512
@@ -47,7 +50,7 @@ def open_engine(files: ModelFiles, runtime: Runtime) -> NativeEngine:
     if files.spec.dtype == "bfloat16":
         raise UnsupportedError(f"The engine '{NAME}' does not compute in bfloat16.", "Use --dtype float16 or float32.")
     check_installed()
-    weights = gguf_weights(files, runtime, NAME)
+    weights = gguf_weights(files, runtime, NAME, EXACT if files.spec.dtype == "float32" else None)
     return start_engine(files, weights)
 
 

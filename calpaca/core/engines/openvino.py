@@ -21,6 +21,7 @@ from calpaca.core.engines.native import (
 )
 from calpaca.core.engines.prepared import gguf_weights
 from calpaca.core.engines.process import Event, Worker
+from calpaca.core.engines.schema_grammar import schema_ebnf
 from calpaca.core.errors import MissingExtraError, ModelError, UnsupportedError, UsageError
 from calpaca.core.files import ModelFiles
 
@@ -84,12 +85,14 @@ def _capabilities(model: NativeModel, tokens: int, precision: str | None) -> Cap
     """The library gives the log probability of the chosen token alone, after temperature and filters: no logprobs."""
     return Capabilities(
         context_length=min(model.context_length, tokens),
-        grammars=frozenset({"regex"}),
+        grammars=frozenset({"json_schema", "regex"}),
         details={"device": "cpu", "dtype": precision or "auto", "cache_tokens": tokens},
     )
 
 
 def _translate(grammar: Grammar) -> tuple[str, str]:
+    if grammar.kind == "json_schema":
+        return "grammar", schema_ebnf(grammar.value)
     return "regex", xgrammar_regex(grammar)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calpaca.core import gguf
-from calpaca.core.disk import check_space, disk_errors, megabytes
+from calpaca.core.disk import check_space, disk_errors
 from calpaca.core.engines.retyped import matrix_types, retype
-from calpaca.core.errors import ModelError
+from calpaca.core.errors import UsageError
 from calpaca.core.files import ModelFiles
 from calpaca.core.lock import exclusive
 from calpaca.core.paths import atomic_file, cache_dir
@@ -36,15 +36,14 @@ def gguf_weights(files: ModelFiles, runtime: Runtime, engine: str, accepted: fro
         types = matrix_types(own)
         if accepted is None or types <= accepted:
             return own
-        logger.warning(
-            "%s has matrices of the type %s, which %s reads inexactly: it is given %s.",
-            own.name, ", ".join(sorted(types - (accepted or types))), engine, wanted,
-        )  # fmt: skip
-    target = _place(files, wanted)
+    folder = _place(files, wanted, "rewritten" if own is not None else "exported")
+    target = folder / f"model-{wanted.lower()}.gguf"
     if not target.is_file():
-        with exclusive(target):
-            if not target.is_file():
-                _prepare(files, own, wanted, target, engine)
+        logger.warning("Preparing %s for the engine %s: its weights as %s, once.", files.name, engine, wanted)
+        if own is not None:
+            _write_again(own, wanted, target)
+        else:
+            _export(files, wanted, folder, runtime)
     return target
 
 
@@ -64,17 +63,30 @@ def _wanted_type(files: ModelFiles, accepted: frozenset[str] | None) -> str:
     return "F32" if files.spec.dtype == "float32" and (accepted is None or "F32" in accepted) else "F16"
 
 
-def _place(files: ModelFiles, wanted: str) -> Path:
-    key = hashlib.sha256(f"{files.fingerprint} {wanted} {_RECIPE}".encode()).hexdigest()
-    return cache_dir() / "prepared" / f"{key[:32]}.gguf"
+def _place(files: ModelFiles, wanted: str, how: str) -> Path:
+    key = hashlib.sha256(f"{files.fingerprint} {wanted} {how} {_RECIPE}".encode()).hexdigest()
+    return cache_dir() / "prepared" / key[:32]
 
 
-def _prepare(files: ModelFiles, own: Path | None, wanted: str, target: Path, engine: str) -> None:
-    name = f"{files.name} for {engine}"
-    if own is None:
-        raise ModelError(f"{files.name} is no GGUF file.", "Name a GGUF file.")
+def _write_again(own: Path, wanted: str, target: Path) -> None:
     needed = int(gguf.read_header(own).parameters * _BYTES[wanted])
-    check_space(target.parent, needed, name)
-    logger.info("Preparing %s: %s, once.", name, megabytes(needed))
-    with disk_errors(target.parent, name, needed), atomic_file(target) as unfinished:
-        retype(own, wanted, unfinished)
+    with exclusive(target):
+        if not target.is_file():
+            check_space(target.parent, needed, own.name)
+            with disk_errors(target.parent, own.name, needed), atomic_file(target) as unfinished:
+                retype(own, wanted, unfinished)
+
+
+def _export(files: ModelFiles, wanted: str, folder: Path, runtime: Runtime) -> None:
+    """Adapters are merged tensor by tensor on the way; an export that was interrupted goes on."""
+    from calpaca.core.checkpoint.write import write_model
+    from calpaca.core.export.gguf_export import GgufOptions, plan_gguf
+
+    export = plan_gguf(files, GgufOptions(wanted.lower()))
+    for note in export.notes:
+        logger.info("%s", note)
+    try:
+        write_model(export.model, folder, runtime.jobs)
+    except UsageError:
+        if not folder.is_dir():  # another process was faster
+            raise
