@@ -53,7 +53,7 @@ class HuggingFaceSource:
         assert isinstance(origin, Repository)
         if constants.HF_HUB_OFFLINE:
             raise UnavailableError("the Hugging Face hub is switched off by HF_HUB_OFFLINE")
-        _probe(constants.ENDPOINT, self.timeout)
+        probe_endpoint(constants.ENDPOINT, self.timeout)
         check_space(Path(constants.HF_HUB_CACHE), origin.size, origin.id)
         folder = _translated(lambda: self._snapshot(origin.id, revision), origin, revision)
         if folder is None:
@@ -110,7 +110,7 @@ class ModelScopeSource:
         from modelscope_hub.constants import DEFAULT_ENDPOINT
         from modelscope_hub.errors import HubError
 
-        _probe(os.environ.get("MODELSCOPE_ENDPOINT") or DEFAULT_ENDPOINT, self.timeout)
+        probe_endpoint(os.environ.get("MODELSCOPE_ENDPOINT") or DEFAULT_ENDPOINT, self.timeout)
         try:
             folder = self._snapshot(origin, revision, local_files_only=False)
         except (HubError, OSError, ValueError) as error:
@@ -157,7 +157,7 @@ def is_whole(folder: Path) -> bool:
     return any((each / name).is_file() for each in (folder, folder / "0_Transformer") for name in names)
 
 
-def _probe(endpoint: str, timeout: float) -> None:
+def probe_endpoint(endpoint: str, timeout: float) -> None:
     """Raise UnavailableError unless the endpoint answers at all within `timeout` seconds.
 
     The hubs' own clients retry for tens of seconds. In a thread, because name resolution knows no timeout.

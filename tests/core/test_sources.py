@@ -201,7 +201,7 @@ def test_without_a_hub_the_default_is_the_embedded_model_with_a_notice(
 
 
 def test_offline_mode_asks_nobody(runtime, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(hubs, "_probe", lambda *_: pytest.fail("asked a hub"))
+    monkeypatch.setattr(hubs, "probe_endpoint", lambda *_: pytest.fail("asked a hub"))
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path))
     with pytest.raises(UnavailableError, match="switched off by HF_HUB_OFFLINE"):
         resolve_model("owner/name", runtime)
@@ -266,7 +266,7 @@ def test_only_what_is_needed_is_fetched_and_then_found_in_the_cache(runtime, fak
     found = resolve_model("owner/name", runtime, format="hf")
     assert (found.name, found.source) == ("owner/name", "huggingface")
     assert {file.relative_to(found.path).as_posix() for file in found.path.rglob("*") if file.is_file()} == set(needed)
-    monkeypatch.setattr(hubs, "_probe", lambda *_: pytest.fail("asked a hub"))
+    monkeypatch.setattr(hubs, "probe_endpoint", lambda *_: pytest.fail("asked a hub"))
     assert resolve_model("owner/name", runtime).path == found.path
 
 
