@@ -18,7 +18,7 @@ from calpaca.core.errors import CorruptFileError, ModelNotFoundError
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK = 16 << 20
+CHUNK = 4 << 20
 """Bytes that are read at a time."""
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

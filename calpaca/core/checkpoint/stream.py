@@ -20,7 +20,7 @@ from calpaca.core.checkpoint.plan import Buffer, PlannedTensor
 from calpaca.core.errors import ModelError
 
 _WAITING = 2  # pieces that may wait for one consumer
-_PIECE = 16 << 20  # bytes; larger buffers are handed on in pieces of this size
+_PIECE = 4 << 20  # bytes; larger buffers are handed on in pieces of this size, and freed memory stays this small
 
 
 class _Consumer:
