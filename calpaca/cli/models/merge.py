@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,7 @@ def merge(
     Weights are read and written tensor by tensor. A merge that was interrupted goes on when the same command is given
     again.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's: large pages, so that gigabytes are read sooner
     from calpaca.core.files import find_files
     from calpaca.core.merge import MergeOptions, plan_merge
     from calpaca.core.merge import merge as write_merged
