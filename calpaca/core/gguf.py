@@ -171,7 +171,7 @@ def _convert(path: Path, target: Path) -> None:
     options: dict[str, Any] = {"dtype": torch.float16}
     if hasattr(transformers, "GgufConfig"):  # older versions know no other way than to dequantize
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _alone(path) as folder, _without_bars():
+    with _alone(path) as folder, without_bars():
         source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, **source, **options)
@@ -202,7 +202,7 @@ def _alone(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Keep transformers' four progress bars off the screen; they cannot be told to vanish."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

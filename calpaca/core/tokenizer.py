@@ -17,7 +17,7 @@ from calpaca.core.errors import CorruptFileError, ModelError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-_CONTROL_FORM = re.compile(r"<[|｜].+[|｜]>")
+CONTROL_FORM = re.compile(r"<[|｜].+[|｜]>")
 """How tokens that structure a conversation are written; some tokenizers, DeepSeek's for one, do not flag them."""
 
 
@@ -143,12 +143,17 @@ class SentencePieceTokenizer:
         longest_first = sorted(self._added, key=len, reverse=True)
         self._split = re.compile("|".join(re.escape(text) for text in longest_first)) if longest_first else None
 
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        """Texts that are looked for before SentencePiece is asked: control pieces, and tokens beside the pieces."""
+        return self._added
+
     def _find_control_tokens(self, config: Mapping[str, Any]) -> frozenset[str]:
         """Added tokens, unless they are said to be ordinary, and pieces that users defined."""
         described = config.get("added_tokens_decoder", {}).values()
         ordinary = {token["content"] for token in described if not token.get("special", True)}
         pieces = map(self._pieces.id_to_piece, range(len(self._pieces)))
-        return frozenset(self._added.keys() - ordinary | set(filter(_CONTROL_FORM.fullmatch, (*self._added, *pieces))))
+        return frozenset(self._added.keys() - ordinary | set(filter(CONTROL_FORM.fullmatch, (*self._added, *pieces))))
 
     def __len__(self) -> int:
         return max(len(self._pieces), *(index + 1 for index in self._added.values()), 0)
@@ -249,7 +254,7 @@ class TransformersTokenizer:
         self.control_tokens = frozenset(
             token.content
             for token in self.hf.added_tokens_decoder.values()
-            if token.special or _CONTROL_FORM.fullmatch(token.content)
+            if token.special or CONTROL_FORM.fullmatch(token.content)
         )
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from calpaca.core.checkpoint.reader import Checkpoint
     from calpaca.core.checkpoint.tensor import StoredTensor
 
-Container = Literal["safetensors", "torch"]
+Container = Literal["safetensors", "torch", "gguf"]
 Buffer = bytes | memoryview
 
 SHARD_SIZE = 5_000_000_000
@@ -31,7 +31,7 @@ class PlannedTensor:
 
     `origin` says in words where it comes from; `memory` is what making it needs beside the result's own bytes.
     `copy_of` is the stored tensor whose bytes these are, where nothing is changed: some of its rows can then be read
-    alone.
+    alone. `packed` counts the bytes where a GGUF type packs several elements into one block.
     """
 
     name: str
@@ -41,11 +41,12 @@ class PlannedTensor:
     origin: str
     memory: int = 0
     copy_of: StoredTensor | None = None
+    packed: int | None = None
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return prod(self.shape) * SIZES[self.dtype]
+        return prod(self.shape) * SIZES[self.dtype] if self.packed is None else self.packed
 
 
 def copied(source: Checkpoint, name: str, new_name: str | None = None) -> PlannedTensor:
@@ -83,11 +84,12 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file of weights and the tensors in it, in order."""
+    """A file of weights and the tensors in it, in order. `header` is what stands before them in a GGUF file."""
 
     name: str
     container: Container
     tensors: tuple[PlannedTensor, ...]
+    header: bytes = b""
 
     @property
     def size(self) -> int:
@@ -101,7 +103,8 @@ class ModelPlan:
 
     `lineage` is called once, while the weights are written, since it may hash the inputs. `inputs` are the files that
     the tensors are made from and `settings` what decides how (JSON values): an interrupted run goes on only when
-    both are what they were.
+    both are what they were. `check` is given the finished folder before it gets its name; when it raises, nothing is
+    kept.
     """
 
     files: tuple[PlannedFile, ...]
@@ -109,6 +112,7 @@ class ModelPlan:
     inputs: tuple[Path, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     texts: Mapping[str, bytes | Path] = field(default_factory=dict)
+    check: Callable[[Path], object] | None = None
 
     @property
     def tensors(self) -> Iterator[PlannedTensor]:

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from calpaca.core.checkpoint import safetensors, torch_zip
+from calpaca.core.checkpoint import gguf_file, safetensors, torch_zip
 from calpaca.core.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
@@ -36,7 +36,11 @@ from calpaca.core.fingerprint import file_digest
 from calpaca.core.jobs import Job, Ledger, step_key
 from calpaca.core.lock import exclusive
 
-_WRITERS = {"safetensors": safetensors.write, "torch": torch_zip.write}
+_WRITERS = {
+    "safetensors": lambda stream, file: safetensors.write(stream, file.tensors),
+    "torch": lambda stream, file: torch_zip.write(stream, file.tensors),
+    "gguf": lambda stream, file: gguf_file.write(stream, file.tensors, file.header),
+}
 _RUN = "run"  # the work folder's file that tells this run from an earlier one into the same output
 _ELSEWHERE = "or name another --output; the same command then goes on where it stopped"
 
@@ -82,8 +86,19 @@ def write_model(plan: ModelPlan, output: Path, jobs: Ledger, command: Command | 
             lineage = pool.submit(plan.lineage)
             manifest = _fill(folder, plan, job, lineage)
             _fsync(folder)
+            if plan.check is not None:
+                _check(plan.check, folder)
             folder.replace(output)
     return manifest
+
+
+def _check(check: Callable[[Path], object], folder: Path) -> None:
+    """A folder that fails is removed: finished files in it would be taken for good ones by the next run."""
+    try:
+        check(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _fill(folder: Path, plan: ModelPlan, job: Job, lineage: Future[Lineage]) -> Manifest:
@@ -160,7 +175,7 @@ def _identity(tensor: PlannedTensor) -> list[Any]:
 def _write_file(folder: Path, planned: PlannedFile, bar: Any) -> dict[str, Any]:
     unfinished = folder / f"{planned.name}.unfinished"
     with FileStream(unfinished, planned.name, bar.update) as stream:
-        _WRITERS[planned.container](stream, planned.tensors)
+        _WRITERS[planned.container](stream, planned)
     assert stream.record is not None
     unfinished.replace(folder / planned.name)
     _fsync(folder)

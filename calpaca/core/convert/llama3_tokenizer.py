@@ -19,7 +19,7 @@ from typing import Any
 from calpaca.core.errors import CorruptFileError
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+")
-_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPECIAL_COUNT = 256
 _BOS, _EOS, _END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 _NAMED = {
@@ -131,7 +131,7 @@ def _fast(ranks: Ranks, special: list[str]) -> str:
     tokenizer = Tokenizer(BPE(vocabulary, merges, fuse_unk=False, byte_fallback=False, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -154,7 +154,7 @@ def ranks_of(content: Mapping[str, Any]) -> Ranks | None:
     It is one when the list gives the same merges and the pattern is Llama 3's.
     """
     model = content.get("model", {})
-    if model.get("type") != "BPE" or _PATTERN not in json.dumps(
+    if model.get("type") != "BPE" or PATTERN not in json.dumps(
         content.get("pre_tokenizer"), ensure_ascii=False
     ).replace("\\\\", "\\"):
         return None

@@ -49,26 +49,26 @@ def pairs(chunks: Iterable[Buffer], head_dim: int, row: int) -> Iterator[memoryv
 
 def _swap(chunks: Iterable[Buffer], head: tuple[int, int, int]) -> Iterator[memoryview]:
     size = prod(head)
-    for piece in _regroup(chunks, max(1, _BLOCK // size) * size):
+    for piece in regroup(chunks, max(1, _BLOCK // size) * size):
         yield _buffer(_bytes(piece).reshape(-1, *head).swapaxes(1, 2))
 
 
 def columns(chunks: Iterable[Buffer], row: int, start: int, stop: int) -> Iterator[memoryview]:
     """Bytes `start` to `stop` of every row of `row` bytes."""
-    for piece in _regroup(chunks, max(1, _BLOCK // row) * row):
+    for piece in regroup(chunks, max(1, _BLOCK // row) * row):
         yield _buffer(_bytes(piece).reshape(-1, row)[:, start:stop])
 
 
 def beside(matrices: Sequence[Iterable[Buffer]], widths: Sequence[int]) -> Iterator[memoryview]:
     """Matrices with equally many rows, joined row by row. `widths` are bytes of a row of each."""
     count = max(1, _BLOCK // sum(widths))
-    groups = [_regroup(chunks, count * width) for chunks, width in zip(matrices, widths, strict=True)]
+    groups = [regroup(chunks, count * width) for chunks, width in zip(matrices, widths, strict=True)]
     for pieces in zip(*groups, strict=True):
         blocks = [_bytes(piece).reshape(-1, width) for piece, width in zip(pieces, widths, strict=True)]
         yield _buffer(np.concatenate(blocks, axis=1))
 
 
-def _regroup(chunks: Iterable[Buffer], size: int) -> Iterator[memoryview]:
+def regroup(chunks: Iterable[Buffer], size: int) -> Iterator[memoryview]:
     """The same bytes in pieces of `size` (the last may be shorter); copied only where a piece spans two chunks."""
     begun = bytearray()
     for chunk in chunks:
