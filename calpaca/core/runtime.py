@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,8 @@ class Runtime:
         named = self.settings.models.get(wanted.model or "")
         if named is not None:
             given = wanted.model_dump(exclude_defaults=True, exclude={"model", "adapters"})
+            if wanted.api_key is not None:  # no dump holds it
+                given["api_key"] = wanted.api_key
             wanted = named.model_copy(update={**given, "adapters": named.adapters + wanted.adapters})
         if wanted.engine == "auto":
             engine = "remote" if is_address(wanted.model) else self.settings.engine
@@ -95,7 +98,7 @@ class Runtime:
         from calpaca.core.model import Model
 
         spec = self.spec(model)
-        key = spec.model_dump_json()
+        key = self._key(spec)
         with self._lock:
             if key not in self._models:
                 self._models[key] = Model.load(spec, self)
@@ -104,7 +107,12 @@ class Runtime:
     def loaded(self, model: ModelSpec | str | None = None) -> Model | None:
         """The model of this spec if it is loaded already."""
         with self._lock:
-            return self._models.get(self.spec(model).model_dump_json())
+            return self._models.get(self._key(self.spec(model)))
+
+    def _key(self, spec: ModelSpec) -> str:
+        """What loaded models are kept under: a server may offer other models to another key."""
+        secret = spec.api_key.get_secret_value() if spec.api_key is not None and not self.is_local(spec) else ""
+        return spec.model_dump_json() + hashlib.sha256(secret.encode()).hexdigest()
 
     def embedder(self, name: str | None = None) -> Embedder:
         """Load an embedding model by name, id, folder or address; None is the settings' or the catalogue's default."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 
 class AdapterSpec(BaseModel):
@@ -50,6 +50,9 @@ class ModelSpec(BaseModel):
     quantization: str | None = Field(None, description="8bit or 4bit, on CUDA.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    api_key: SecretStr | None = Field(
+        None, exclude=True, repr=False, description="Key for the server that runs it, where there is one."
+    )
 
     def __str__(self) -> str:
         return " + ".join([self.model or "default", *(str(adapter) for adapter in self.adapters)])

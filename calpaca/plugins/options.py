@@ -54,7 +54,7 @@ class ModelOptions(BaseModel):
 
     def spec(self) -> ModelSpec:
         """The model these options name, without its embedding model."""
-        shared = {name: getattr(self, name) for name in ModelSpec.model_fields if name != "adapters"}
+        shared = {name: getattr(self, name) for name in ModelSpec.model_fields if name not in {"adapters", "api_key"}}
         return ModelSpec(**shared, adapters=tuple(AdapterSpec.model_validate(adapter) for adapter in self.adapters))
 
 

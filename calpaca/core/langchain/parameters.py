@@ -123,7 +123,8 @@ class ModelParameters(PublicSerializable):
         spec = given.get("model")
         if isinstance(spec, ModelSpec):
             del given["model"]
-            given = {**spec.model_dump(exclude_defaults=True), "adapters": spec.adapters, **given}
+            secret = {"api_key": spec.api_key} if spec.api_key is not None else {}  # no dump holds it
+            given = {**spec.model_dump(exclude_defaults=True), **secret, "adapters": spec.adapters, **given}
         known = {*cls.model_fields, *_ALIASES}
         for name in given:
             if name not in known:
@@ -159,7 +160,7 @@ class ModelParameters(PublicSerializable):
 
     def _load(self, name: str | None = None) -> Model:
         """The model, loaded at the first call; `name` puts another one in its place, without its adapters."""
-        kept = ("engine", "device", "dtype", "quantization")
+        kept = ("engine", "device", "dtype", "quantization", "api_key")
         other = name is not None and name != self.model
         spec = ModelSpec(model=name, **{field: getattr(self, field) for field in kept}) if other else self.spec
         for attempt in range(self.max_retries + 1):

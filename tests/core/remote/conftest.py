@@ -14,6 +14,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -53,6 +54,13 @@ class OpenAIServer:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_of: OpenAIServer
+
+    def parse_request(self) -> bool:
+        """Take what a proxy is asked (`GET http://host/path`) for the path alone."""
+        parsed = super().parse_request()
+        if parsed and self.path.startswith("http://"):
+            self.path = urlsplit(self.path).path
+        return parsed
 
     # Answers -------------------------------------------------------------------------------------------------------
     def do_GET(self) -> None:

@@ -228,6 +228,46 @@ def test_structured_output_comes_from_a_server(serving, smollm2_engine, runtime)
     assert 0 <= llm.with_structured_output(schema).invoke("How many legs has a llama?")["legs"] <= 8
 
 
+def test_a_key_can_be_given_for_one_server(server, runtime, tmp_path) -> None:
+    named = f'[models.hosted]\nmodel = "{server.url}"\napi_key = "sk-of-the-settings"\n'
+    (tmp_path / "calpaca.toml").write_text(named)
+    with build_runtime(read_settings()) as configured:
+        configured.model("hosted").generate("a").result(5)
+        assert server.asked[-1][1]["Authorization"] == "Bearer sk-of-the-settings"
+        assert "sk-of" not in str(configured.settings.model_dump(mode="json")) + repr(configured.settings)
+        given = configured.model(ModelSpec(model="hosted", api_key="sk-given"))
+        given.generate("a").result(5)
+        assert server.asked[-1][1]["Authorization"] == "Bearer sk-given"
+        assert given is not configured.model("hosted")
+    llm = ChatCalpaca(model=server.url, runtime=runtime, api_key="sk-of-langchain")
+    llm.invoke("a")
+    assert server.asked[-1][1]["Authorization"] == "Bearer sk-of-langchain"
+    ChatCalpaca(model=ModelSpec(model=server.url, api_key="sk-of-a-spec"), runtime=runtime).invoke("a")
+    assert server.asked[-1][1]["Authorization"] == "Bearer sk-of-a-spec"
+    assert "sk-" not in repr(llm) + str(llm._identifying_params)
+
+
+# The way there -------------------------------------------------------------------------------------------------------
+
+
+def test_other_machines_are_asked_through_the_proxy_and_this_one_is_not(server, runtime, monkeypatch) -> None:
+    for name in ("NO_PROXY", "no_proxy", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # nobody listens there
+    assert runtime.model(server.url).generate("a").result(5).text == "The llama is a camelid."
+    monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
+    model = runtime.model("http://gpu.example:8000/v1#smollm2")
+    assert model.generate("a").result(5).text == "The llama is a camelid."
+    assert server.asked[-1][1]["Host"] == "gpu.example:8000"
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "ftp://127.0.0.1"])
+def test_a_proxy_that_cannot_be_used_is_an_error(runtime, monkeypatch, proxy: str) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(UsageError, match="proxy of the environment"):
+        runtime.model("http://gpu.example:8000/v1#smollm2")
+
+
 # The whole way -------------------------------------------------------------------------------------------------------
 
 

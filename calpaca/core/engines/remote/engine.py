@@ -11,34 +11,27 @@ import atexit
 import hashlib
 import json
 import logging
-import re
-import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-
-import httpx
 
 from calpaca.core.engine import (
     Capabilities,
-    Chunk,
     Conversation,
     Handle,
     Request,
-    Timings,
     refuse_unsupported,
 )
 from calpaca.core.engines.remote.address import Address, find_servers, read_api_key
-from calpaca.core.engines.remote.answer import DONE, AnswerReader
-from calpaca.core.engines.remote.client import async_client, read_bounded, reason, silent
+from calpaca.core.engines.remote.answer import AnswerReader
+from calpaca.core.engines.remote.client import async_client
 from calpaca.core.engines.remote.dialect import Dialect, write_request
-from calpaca.core.engines.remote.endpoints import Endpoint, Endpoints, backoff
-from calpaca.core.engines.remote.estimate import estimated_prompt, estimated_tokens, most_tokens
+from calpaca.core.engines.remote.endpoints import Endpoint, Endpoints
+from calpaca.core.engines.remote.estimate import estimated_prompt, most_tokens
+from calpaca.core.engines.remote.exchange import Exchange, Route
 from calpaca.core.engines.remote.loop import LoopThread
-from calpaca.core.engines.remote.refusal import Asked, PassingError, refusal
+from calpaca.core.engines.remote.refusal import PassingError
 from calpaca.core.engines.remote.server import RemoteTokenizer, ServedModel, Server, describe
-from calpaca.core.engines.remote.sse import EventReader
 from calpaca.core.errors import (
     CalpacaError,
     ContextOverflowError,
@@ -58,10 +51,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("calpaca")
 
 DEFAULT_NEW_TOKENS = 512
-_LONGEST_WAIT = 120.0
-"""Seconds that a server may ask to be left alone before its request fails."""
-_AFTER_DONE = 1.0
-
 _LOCAL_FIELDS = ("adapters", "tokenizer", "chat_template", "quantization", "revision", "trust_remote_code")
 
 
@@ -76,44 +65,8 @@ def open_engine(spec: ModelSpec, runtime: Runtime) -> RemoteEngine:
             )
     settings = runtime.settings.remote
     addresses, model = find_servers(spec.model, settings)
-    return RemoteEngine(addresses, model, settings, read_api_key(settings))
-
-
-@dataclass
-class _Work:
-    """One request under way."""
-
-    request: Request
-    path: str
-    body: dict[str, object]
-    handle: Handle
-    reader: AnswerReader
-    submitted: float = field(default_factory=time.perf_counter)
-    first: float | None = None
-    task: asyncio.Task[None] | None = None
-
-    def put(self, chunk: Chunk) -> None:
-        if self.first is None:
-            self.first = time.perf_counter()
-        self.handle.put(chunk)
-
-    def end(self, cancelled: bool = False) -> None:
-        now = time.perf_counter()
-        self.handle.put(
-            Chunk(
-                "",
-                finish_reason="cancelled" if cancelled else self.reader.finish,
-                stop=None if cancelled else self.reader.stop,
-                usage=self.reader.usage(self._prompt_estimate()),
-                timings=Timings((self.first or now) - self.submitted, now - self.submitted),
-            )
-        )
-
-    def _prompt_estimate(self) -> int:
-        prompt = self.request.prompt
-        if self.request.conversation is not None:
-            return estimated_prompt(self.request.conversation)
-        return estimated_tokens(prompt) if isinstance(prompt, str) else len(prompt)
+    key = spec.api_key.get_secret_value() if spec.api_key is not None else read_api_key(settings)
+    return RemoteEngine(addresses, model, settings, key)
 
 
 class RemoteEngine:
@@ -166,6 +119,9 @@ class RemoteEngine:
                 "Name servers of one kind, or say which in [remote] server.",
             )
         self._capabilities = self._describe_engine(addresses, [server.models.get(self._model) for server in servers])
+        self._route = Route(
+            self._client, self._endpoints, self._dialect, self._settings.retries, self._settings.timeout, self._secret
+        )
         self._tokenizer = RemoteTokenizer(self._client, self._model, self._dialect, self._secret)
 
     async def _describe(self, address: Address) -> Server | CalpacaError:
@@ -252,7 +208,7 @@ class RemoteEngine:
         if self._closed:
             raise ModelError("The engine is closed.", "Load the model again.")
         reader = AnswerReader(self._where(), request.sampling.logprobs or 0)
-        work = _Work(request, path, body, Handle(lambda: self._loop.post(lambda: _cancel(work))), reader)
+        work: Exchange = Exchange(request, path, body, Handle(lambda: self._loop.post(work.cancel)), reader)
         self._loop.post(lambda: self._start(work))
         return work.handle
 
@@ -264,16 +220,15 @@ class RemoteEngine:
         if length is not None and prompt_tokens + new_tokens > length:
             raise ContextOverflowError(prompt_tokens, new_tokens, length)
 
-    def _start(self, work: _Work) -> None:
+    def _start(self, work: Exchange) -> None:
         work.task = asyncio.get_running_loop().create_task(self._run(work))
         # A task that is cancelled before its first step never runs, so its end is looked at from outside.
         work.task.add_done_callback(lambda task: work.end(cancelled=True) if task.cancelled() else None)
 
-    async def _run(self, work: _Work) -> None:
+    async def _run(self, work: Exchange) -> None:
         try:
             await self._fit(work)
-            await self._try(work)
-            _check_grammar(work)
+            await work.send(self._route)
             work.end()
         except CalpacaError as error:
             work.handle.fail(error)
@@ -281,7 +236,7 @@ class RemoteEngine:
             log.debug("the remote engine failed", exc_info=error)
             work.handle.fail(ModelError(f"Asking {self._where()} failed: {error!r}", "Set CALPACA_DEBUG=1."))
 
-    async def _fit(self, work: _Work) -> None:
+    async def _fit(self, work: Exchange) -> None:
         """Count a prompt that may not fit, where the server counts: some servers cut an answer short in silence."""
         length = self._capabilities.context_length
         request = work.request
@@ -302,59 +257,6 @@ class RemoteEngine:
         self._check_length(tokens, wanted or 1)
         work.body["max_tokens"] = wanted or min(DEFAULT_NEW_TOKENS, length - tokens)
 
-    async def _try(self, work: _Work) -> None:
-        """Ask one server after the other, as long as none has begun to answer."""
-        for attempt in range(1, self._settings.retries + 2):
-            try:
-                with self._endpoints.next() as endpoint:
-                    await self._ask(endpoint, work)
-            except PassingError as error:
-                shown = endpoint.address.shown
-                self._endpoints.failed(endpoint, error.wait)
-                if attempt > self._settings.retries or (error.wait or 0.0) > _LONGEST_WAIT:
-                    raise _given_up(shown, attempt, error) from error
-                log.debug("%s: %s; try %s failed", shown, error.reason, attempt)
-                if not self._endpoints.awake():
-                    await asyncio.sleep(backoff(attempt) if error.wait is None else error.wait)
-            else:
-                self._endpoints.answered(endpoint)
-                return
-
-    async def _ask(self, endpoint: Endpoint, work: _Work) -> None:
-        """One try. Raises PassingError when another may succeed, CalpacaError otherwise."""
-        shown = endpoint.address.shown
-        try:
-            async with self._client.stream("POST", endpoint.address.url + work.path, json=work.body) as response:
-                if response.status_code != httpx.codes.OK:
-                    asked = Asked(shown, work.body, self._dialect, self._secret)
-                    raise refusal(response.status_code, response.headers, await read_bounded(response), asked)
-                await self._read(response, work)
-        except httpx.ReadTimeout as error:
-            raise silent(shown, self._settings.timeout) from error
-        except (httpx.TransportError, httpx.DecodingError) as error:
-            if work.first is None:
-                raise PassingError(reason(error)) from error
-            if work.reader.finish is None:
-                raise _broken_off(shown) from error
-        if work.reader.finish is None:
-            raise _broken_off(shown)
-
-    async def _read(self, response: httpx.Response, work: _Work) -> None:
-        events = EventReader()
-        received = response.aiter_bytes()
-        async for data in received:
-            for event in events.feed(data):
-                if event == DONE:
-                    # The connection can be used again only if its end is read.
-                    with suppress(TimeoutError, httpx.HTTPError):
-                        async with asyncio.timeout(_AFTER_DONE):
-                            async for _ in received:
-                                pass
-                    return
-                chunk = work.reader.read(event)
-                if chunk is not None:
-                    work.put(chunk)
-
     def close(self) -> None:
         if self._closed:
             return
@@ -364,11 +266,6 @@ class RemoteEngine:
             self._loop.wait(self._client.aclose())
         self._loop.close()
         atexit.unregister(self.close)
-
-
-def _cancel(work: _Work) -> None:
-    if work.task is not None:
-        work.task.cancel()
 
 
 def _choose_model(servers: Sequence[Server], model: str | None) -> str:
@@ -388,39 +285,3 @@ def _choose_model(servers: Sequence[Server], model: str | None) -> str:
     if model is None:
         raise UsageError("The server gives no list of its models.", "Name one with --model.")
     return model
-
-
-def _given_up(shown: str, attempts: int, error: PassingError) -> ModelError:
-    tries = f" after {attempts} tries" if attempts > 1 else ""
-    wait = f" It asks for {error.wait:g} s of patience." if error.wait else ""
-    return ModelError(
-        f"The server {shown} cannot answer{tries}: {error.reason}.{wait}", "Is it running? Try again later."
-    )
-
-
-def _broken_off(shown: str) -> ModelError:
-    return ModelError(
-        f"The answer of the server {shown} broke off before its end; what came is not whole.",
-        "Look at the server's own log, and try again.",
-    )
-
-
-def _check_grammar(work: _Work) -> None:
-    """A server that does not know a field ignores it in silence; a text that breaks its grammar shows that."""
-    grammar, reader = work.request.grammar, work.reader
-    if grammar is None or reader.finish != "stop" or work.request.sampling.stop:
-        return
-    holds = True
-    if grammar.kind == "json_schema":
-        try:
-            json.loads(reader.text)
-        except ValueError:
-            holds = False
-    else:
-        with suppress(re.error):  # another syntax than Python's
-            holds = re.fullmatch(str(grammar.value), reader.text, re.DOTALL) is not None
-    if not holds:
-        raise UnsupportedError(
-            f"The server did not keep to the {grammar.kind.replace('_', ' ')}.",
-            "Another version of it may; --engine transformers does.",
-        )
