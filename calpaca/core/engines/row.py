@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from calpaca.core.detokenizer import Detokenizer, StopScanner
 from calpaca.core.engine import Chunk, FinishReason, Handle, Request, Timings, TokenLogprob, Usage
+from calpaca.core.engines.lookup import PromptLookup
 from calpaca.core.engines.slots import Place
 from calpaca.core.grammar import GrammarMatcher
 from calpaca.core.sampling import new_generator, penalise_repetition, sample, token_logprob
@@ -33,6 +34,9 @@ class Row:
     ) -> None:
         self.ids = list(prompt)
         self.place: Place | None = None  # the slot with what is kept of `ids`
+        self.leader: Row | None = None  # a row with the same beginning, whose prompt runs first
+        self.cached_tokens = 0
+        self.lookup = PromptLookup()
         self.handle = Handle(self.cancel)
         self._sampling = request.sampling
         self._prompt_tokens = len(prompt)
@@ -60,6 +64,10 @@ class Row:
         """How many of `ids` the model has not seen."""
         assert self.place is not None
         return len(self.ids) - self.place.filled
+
+    def draft(self) -> list[int]:
+        """Guesses for the tokens after the next one; see `PromptLookup`."""
+        return self.lookup.draft(self.ids, self.most_tokens - len(self.ids) - 1)
 
     def cancel(self) -> None:
         self._cancelled.set()
@@ -135,7 +143,7 @@ class Row:
                 *self._take_pending(),
                 finish_reason=reason,
                 stop=self._scanner.matched,
-                usage=Usage(self._prompt_tokens, len(self.ids) - self._prompt_tokens),
+                usage=Usage(self._prompt_tokens, len(self.ids) - self._prompt_tokens, self.cached_tokens),
                 timings=Timings((self._first_token or now) - self._submitted, now - self._submitted),
             )
         )

@@ -4,51 +4,82 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from calpaca.core.engines.prefix import BLOCK
 from calpaca.core.engines.row import Row
 from calpaca.core.engines.step import Span
 
-TURN_SECONDS = 0.1
-"""How long the prompt tokens of a turn may take. It is what a new token of the answers under way waits for them."""
+PIECE_SECONDS = 0.1
+"""How long a piece of a long prompt may take; answers under way and new requests wait that long for it."""
 
-FEWEST, MOST = 16, 2048
-"""Bounds of the prompt tokens of a turn."""
+BURST_SECONDS = 0.5
+"""The same for prompts that are complete with this turn: the sooner they are, the more rows share the next ones."""
+
+FEWEST, MOST = 32, 2048
+"""Bounds of a piece, in tokens."""
 
 
 class Pace:
-    """How many prompt tokens fit into a turn, from the time that turns took."""
+    """How many tokens fit into a turn, from the time that turns took."""
 
     def __init__(self) -> None:
-        self.budget = 2 * FEWEST
+        self.piece = 2 * FEWEST
+
+    @property
+    def burst(self) -> int:
+        return round(self.piece * BURST_SECONDS / PIECE_SECONDS)
 
     def note(self, tokens: int, seconds: float) -> None:
         """Take a turn into account. Those with few tokens wait for memory and say little about one token more."""
-        if tokens < FEWEST:
-            return
-        fitting = TURN_SECONDS * tokens / seconds
-        smoothed = self.budget + 0.25 * (fitting - self.budget)
-        self.budget = round(min(max(smoothed, FEWEST), MOST))
+        if tokens >= FEWEST:
+            fitting = PIECE_SECONDS * tokens / seconds
+            self.piece = round(min(max(self.piece + 0.25 * (fitting - self.piece), FEWEST), MOST))
 
 
-def choose_spans(rows: Sequence[Row], budget: int) -> list[Span]:
+MOST_GUESSING = 4
+"""Rows that may run at once where guesses are checked: past that, a step has enough tokens without them."""
+
+
+def choose_spans(rows: Sequence[Row], pace: Pace, *, guesses: bool) -> list[Span]:
     """What runs next of `rows`, which stand in the order in which they came."""
-    spans = [Span(row, row.ids[-1:], 1) for row in rows if row.pending == 1]
-    for row, tokens in _share([row for row in rows if row.pending > 1], budget).items():
+    guesses = guesses and len(rows) <= MOST_GUESSING
+    answers = [(row, row.draft() if guesses else []) for row in rows if row.pending == 1]
+    spans = [Span(row, [row.ids[-1], *draft], 1 + len(draft)) for row, draft in answers]
+    for row, tokens in _share([row for row in rows if row.pending > 1 and not follows(row)], pace).items():
         assert row.place is not None
         begin = row.place.filled
         spans.append(Span(row, row.ids[begin : begin + tokens], int(tokens == row.pending)))
     return spans
 
 
-def _share(rows: Sequence[Row], budget: int) -> dict[Row, int]:
-    """Prompt tokens for each row: half of them for the oldest, so that none waits for ever, the others for the
-    shortest, so that short requests do not wait for long ones."""
+def _share(rows: Sequence[Row], pace: Pace) -> dict[Row, int]:
+    """Prompt tokens for each row: half a piece for the oldest, so that none waits for ever; then the shortest whole, so
+    that short requests do not wait for long ones; and of the first that is not complete with that, a piece."""
     if not rows:
         return {}
-    shares = {rows[0]: min(rows[0].pending, (budget + 1) // 2)}
-    left = budget - shares[rows[0]]
+    shares = {rows[0]: min(rows[0].pending, (pace.piece + 1) // 2)}
     for row in sorted(rows, key=lambda row: row.pending):
-        more = min(row.pending - shares.get(row, 0), left)
-        if more:
-            shares[row] = shares.get(row, 0) + more
-            left -= more
+        given = sum(shares.values())
+        if given + row.pending <= pace.burst:
+            shares[row] = row.pending
+            continue
+        piece = min(row.pending, pace.piece - given)
+        if piece > 0:
+            shares[row] = max(piece, shares.get(row, 0))
+        break
     return shares
+
+
+def follows(row: Row) -> bool:
+    """Whether a row waits for another's prompt, to take the beginning that they share from it."""
+    if row.leader is not None and (row.leader.place is None or row.leader.pending <= 1):
+        row.leader = None
+    return row.leader is not None
+
+
+def find_leader(row: Row, others: Sequence[Row]) -> Row | None:
+    """A row whose prompt is under way and shares the first half, or more, of this one's."""
+    half = row.ids[: max(BLOCK, len(row.ids) // 2)]
+    for other in others:
+        if other.pending > 1 and other.ids[: len(half)] == half:
+            return other
+    return None

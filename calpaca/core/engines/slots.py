@@ -71,6 +71,23 @@ class Shelf:
             self.layers[index] = (self._empty(keys), self._empty(values))
         return self.layers[index]
 
+    def read(self, place: Place, begin: int, end: int) -> Tensor | None:
+        """Keys and values of some tokens, [2 × layers, heads, tokens, dimensions]; None where layers are not alike."""
+        import torch
+
+        if list(self.layers) != list(range(len(self.layers))):
+            return None
+        states = [states[place.slot, :, begin:end] for layer in self.layers.values() for states in layer]
+        return torch.stack(states) if len({part.shape for part in states}) == 1 else None
+
+    def write(self, place: Place, states: Tensor) -> None:
+        """Fill the beginning of a slot with what `read` gave."""
+        for index in range(len(states) // 2):
+            pair = states[2 * index], states[2 * index + 1]
+            layer = self.layer(index, *(part.transpose(0, 1) for part in pair))
+            for own, part in zip(layer, pair, strict=True):
+                own[place.slot, :, : part.shape[1]] = part
+
     def _empty(self, like: Tensor, slots: int = 0) -> Tensor:
         shape = (slots or len(self.places), like.shape[1], self.capacity, like.shape[-1])
         return zeros(shape, like.dtype, like.device)
@@ -121,24 +138,40 @@ class SlotCache:
         self._token_bytes = (values or 0) * model.dtype.itemsize  # in all layers together
         self.shelves: dict[int, Shelf] = {}
 
+    @property
+    def free_memory(self) -> int:
+        """Bytes that can still be had on the device; what torch keeps for itself counts as free."""
+        import torch
+
+        if self._device.type != "cuda":
+            return free_memory()
+        unused: int = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        free: int = torch.cuda.mem_get_info(self._device)[0]
+        return free + unused
+
+    def missing(self, tokens: int) -> int:
+        """Bytes that would have to be freed before a row that gets as long as `tokens` can have a slot."""
+        promised = tokens + sum(place.tokens - place.filled for place in self._running())
+        return promised * self._token_bytes - (self.free_memory - KEPT_FREE)
+
     def take(self, tokens: int) -> Place | None:
         """A slot for a row that gets as long as `tokens`; None while the rows under way need the memory.
 
         Raises ModelError when there is not enough even without them.
         """
-        running = [place for shelf in self.shelves.values() for place in shelf.places if place is not None]
-        wanted = tokens + sum(place.tokens - place.filled for place in running)
-        free = _free_memory(self._device) - KEPT_FREE
-        if wanted * self._token_bytes > free:
-            if running:
+        if self.missing(tokens) > 0:
+            if self._running():
                 return None
             raise ModelError(
                 f"{tokens} tokens of context take {tokens * self._token_bytes >> 20} MiB of memory,"
-                f" but only {max(free, 0) >> 20} MiB can be used.",
+                f" {self.missing(tokens) >> 20} MiB more than there are.",
                 "Ask for fewer tokens with --max-new-tokens, use --dtype bfloat16, or close other programs.",
             )
         capacity = self._capacity(tokens)
         return self.shelves.setdefault(capacity, Shelf(capacity)).take(tokens)
+
+    def _running(self) -> list[Place]:
+        return [place for shelf in self.shelves.values() for place in shelf.places if place is not None]
 
     def _capacity(self, tokens: int) -> int:
         capacity = SMALLEST
@@ -148,13 +181,3 @@ class SlotCache:
 
     def clear(self) -> None:
         self.shelves.clear()
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on the device; what torch keeps for itself counts as free."""
-    import torch
-
-    if device.type != "cuda":
-        return free_memory()
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + unused

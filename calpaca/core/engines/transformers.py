@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from calpaca.core.engine import Capabilities, Handle, Request, refuse_unsupported
 from calpaca.core.engines.decoder import choose_decoder
+from calpaca.core.engines.prefix import PrefixCache
 from calpaca.core.engines.row import Row
-from calpaca.core.engines.schedule import Pace, choose_spans
+from calpaca.core.engines.schedule import Pace, choose_spans, find_leader, follows
 from calpaca.core.engines.slots import SlotCache
 from calpaca.core.engines.step import Span, Step
 from calpaca.core.errors import CalpacaError, ContextOverflowError, MissingExtraError, ModelError, UsageError
@@ -67,6 +68,7 @@ class TransformersEngine:
         self._grammars = GrammarCompiler(weights.tokenizer, weights.vocabulary_size, list(weights.eos_ids))
         self._cache = SlotCache(weights)
         self._decoder = choose_decoder(weights.model)
+        self._prefixes = PrefixCache(lambda: self._cache.free_memory)
         self._pace = Pace()
         self._rows: list[Row] = []  # under way, in the order in which they came
         self._waiting: deque[Row] = deque()
@@ -151,18 +153,20 @@ class TransformersEngine:
         """Let cancelled rows go and new ones in, then run one step of all that are under way."""
         self._remove_cancelled()
         self._admit()
+        self._restore()
         if not self._rows:
             return
         begin = time.perf_counter()
-        step = Step(choose_spans(self._rows, self._pace.budget), self._device)
+        step = Step(choose_spans(self._rows, self._pace, guesses=self._decoder.slots), self._device)
         logits = self._decoder(step)
         step.finish()
         finished = self._advance(step.spans, logits)
         self._pace.note(len(step.ids), time.perf_counter() - begin)
+        self._keep(finished | {span.row for span in step.spans if 0 < span.outputs < len(span.tokens)})
         self._drop(finished)
 
     def _advance(self, spans: list[Span], logits: Tensor) -> set[Row]:
-        """Choose and hand out the next token of each row that has logits; the rows that are complete with it."""
+        """Choose and hand out the next tokens of each row that has logits; the rows that are complete with them."""
         import torch
 
         highest, likeliest = logits.max(dim=-1)
@@ -172,18 +176,20 @@ class TransformersEngine:
                 "Its weights may be damaged, or it overflows: try --dtype float32 or bfloat16.",
             )
         finished = set()
-        for position, (row, token_id) in enumerate(
-            zip([span.row for span in spans if span.outputs], likeliest.tolist(), strict=True)
-        ):
-            chosen = token_id if row.takes_likeliest else row.choose(logits[position].float())
-            if row.accept(chosen, logits[position]):
-                finished.add(row)
+        begin = 0
+        for span in spans:
+            end = begin + span.outputs
+            if span.outputs and _accept(span, likeliest[begin:end].tolist(), logits[begin:end]):
+                finished.add(span.row)
+            begin = end
         return finished
 
     def _admit(self) -> None:
         """Give waiting rows a slot, in their order, while there is room."""
         while len(self._rows) < MAX_ROWS and self._waiting:
             row = self._waiting[0]
+            if self._prefixes.bytes:
+                self._prefixes.shrink(self._prefixes.bytes - max(0, self._cache.missing(row.most_tokens)))
             try:
                 row.place = self._cache.take(row.most_tokens)
             except ModelError as error:
@@ -191,15 +197,29 @@ class TransformersEngine:
             else:
                 if row.place is None:
                     return
+                row.leader = find_leader(row, self._rows)
                 self._rows.append(row)
             with self._changed:
                 self._waiting.popleft()
+
+    def _restore(self) -> None:
+        """Give rows that begin as earlier ones did what is kept of those."""
+        for row in self._rows if self._decoder.slots else ():
+            if row.place is not None and row.place.filled == 0 and not follows(row):
+                row.cached_tokens = self._prefixes.restore(row.ids, 0, row.place)
+
+    def _keep(self, rows: set[Row]) -> None:
+        """Keep what was computed for rows, for others that begin the same way."""
+        for row in rows if self._decoder.slots else ():
+            if row.place is not None:
+                self._prefixes.keep(row.ids, 0, row.place)
 
     def _drop(self, rows: set[Row]) -> None:
         """Free the slots of rows."""
         for row in rows:
             if row.place is not None:
                 row.place.shelf.release(row.place)
+                row.place = None
         self._rows = [row for row in self._rows if row not in rows]
 
     def _remove_cancelled(self) -> None:
@@ -229,6 +249,23 @@ class TransformersEngine:
         self._cache.clear()
         for row in rows:
             row.finish("cancelled")
+
+
+def _accept(span: Span, likeliest: list[int], logits: Tensor) -> bool:
+    """Take the tokens that follow from a span's logits [outputs, vocabulary], as far as its guesses were right; True
+    when the answer is complete."""
+    row, guesses = span.row, list(span.tokens[len(span.tokens) - span.outputs + 1 :])
+    complete, right = False, 0
+    for position, guess in enumerate([*guesses, None]):
+        token_id = likeliest[position] if row.takes_likeliest else row.choose(logits[position].float())
+        complete = row.accept(token_id, logits[position])
+        if complete or token_id != guess:
+            break
+        right += 1
+    if guesses:
+        row.lookup.note(len(guesses), right, len(row.ids))
+        span.place.filled = min(span.place.filled, len(row.ids) - 1)  # what stands behind was guessed wrong
+    return complete
 
 
 def _translated(error: Exception) -> ModelError:
