@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from shutil import copytree
 from typing import Any
 
 import pytest
@@ -26,51 +25,51 @@ from calpaca.core.spec import ModelSpec  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns about tied weights and settings that are meant here
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ROWS = 49152  # of SmolLM2's embeddings, which are tied
-LAYERS = 4  # of 30: enough for every kind
+LAYERS, ROWS = 4, 4096  # of 30 and 49,152: enough for every kind
 DTYPES = ["bfloat16", "float16", "float32"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @pytest.fixture(scope="module")
 def bases(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """The first layers of SmolLM2 in three dtypes, untied, and with biases; and all of it."""
+    """SmolLM2, as it is and untied; its first layers and tokens in three dtypes, untied, and with biases."""
     folder = tmp_path_factory.mktemp("bases")
-    everything = tensors_of(smollm2)
+    whole = tensors_of(smollm2)
     layers = tuple(f"model.layers.{number}." for number in range(LAYERS))
-    stored = {name: each for name, each in everything.items() if "layers" not in name or name.startswith(layers)}
-    made = {dtype: write_base(smollm2, folder / dtype, stored, dtype) for dtype in DTYPES}
-    untied = stored | {HEAD: stored[EMBEDDING].clone()}
-    made["untied"] = write_base(smollm2, folder / "untied", untied, tie_word_embeddings=False)
+    part = {name: each for name, each in whole.items() if "layers" not in name or name.startswith(layers)}
+    part[EMBEDDING] = part[EMBEDDING][:ROWS].clone()
     torch.manual_seed(7)
     biases = {
-        name.replace("weight", "bias"): torch.randn(len(weight))
-        for name, weight in stored.items()
-        if "self_attn" in name
+        name.replace("weight", "bias"): torch.randn(len(weight)) for name, weight in part.items() if "self_attn" in name
     }
-    made["biased"] = write_base(smollm2, folder / "biased", stored | biases, attention_bias=True)
-    made["whole"] = write_base(smollm2, folder / "whole", everything, num_hidden_layers=30)
+    small = {"num_hidden_layers": LAYERS, "vocab_size": ROWS}
+    made = {dtype: write_base(smollm2, folder / dtype, part, dtype, **small) for dtype in DTYPES}
+    made["untied"] = write_base(smollm2, folder / "untied", untied(part), tie_word_embeddings=False, **small)
+    made["biased"] = write_base(smollm2, folder / "biased", part | biases, attention_bias=True, **small)
+    made["whole"] = write_base(smollm2, folder / "whole", whole)
+    made["whole untied"] = write_base(smollm2, folder / "whole untied", untied(whole), tie_word_embeddings=False)
     return made
+
+
+def untied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**tensors, HEAD: tensors[EMBEDDING].clone()}
 
 
 def write_base(
     source: Path, folder: Path, tensors: Mapping[str, torch.Tensor], dtype: str = "bfloat16", **changes: object
 ) -> Path:
-    """SmolLM2 with other tensors and settings."""
-    copytree(source, folder)
+    """SmolLM2 with other tensors and settings, without its tokenizer."""
+    folder.mkdir()
     stored = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    change_json(folder / "config.json", **{"dtype": dtype, "num_hidden_layers": LAYERS, **changes})
+    config = {**json.loads((source / "config.json").read_text()), "dtype": dtype, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     checkpoint = open_checkpoint(folder)
     return {name: checkpoint.read(name) for name in checkpoint.tensors}
-
-
-def change_json(file: Path, **changes: object) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def load(folder: Path, dtype: str, rows: int | None = None) -> Any:
@@ -164,7 +163,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True
     },
     "saved norms and mlp": {"target_modules": ["q_proj"], "modules_to_save": ["norm", "input_layernorm", "mlp"]},
-    "tokens": {"target_modules": ["v_proj"], "trainable_token_indices": [5, 3, 49151]},
+    "tokens": {"target_modules": ["v_proj"], "trainable_token_indices": [5, 3, ROWS - 1]},
     "tokens of both": {
         "target_modules": ["v_proj"], "trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [5, 9]}
     },
@@ -255,14 +254,13 @@ def test_a_scale_is_that_of_the_loaded_adapter(bases, tmp_path: Path) -> None:
 # Vocabularies that grow, and several adapters -------------------------------------------------------------------------
 def test_two_adapters_with_a_growing_vocabulary(bases, tmp_path: Path) -> None:
     """As Chinese-LLaMA-Plus and Alpaca-Plus: the second has one token more and was trained on top of the first."""
-    both = ["embed_tokens", "lm_head"]
-    first = make_adapter(bases["untied"], tmp_path / "first", rows=ROWS + 801, modules_to_save=both, dtype="float16")
-    second = make_adapter(
-        bases["untied"], tmp_path / "second", seed=2, rows=ROWS + 802, modules_to_save=both, dtype="float16"
-    )
-    actual = merged(tmp_path, bases["untied"], first, second)
-    assert actual[EMBEDDING].shape[0] == ROWS + 802
-    assert_same(actual, merged_by_peft(bases["untied"], first, second, rows=(ROWS + 801, ROWS + 802)))
+    base, rows = bases["whole untied"], 49152
+    settings = {"modules_to_save": ["embed_tokens", "lm_head"], "dtype": "float16"}
+    first = make_adapter(base, tmp_path / "first", rows=rows + 801, **settings)
+    second = make_adapter(base, tmp_path / "second", seed=2, rows=rows + 802, **settings)
+    actual = merged(tmp_path, base, first, second)
+    assert actual[EMBEDDING].shape[0] == rows + 802
+    assert_same(actual, merged_by_peft(base, first, second, rows=(rows + 801, rows + 802)))
 
 
 @pytest.mark.parametrize("options", [
