@@ -30,7 +30,7 @@ logger = logging.getLogger("calpaca")
 
 Scalar = int | float | bool | str
 
-_RECIPE = 1  # part of the cache's key: a better conversion must not find the older one's result
+_RECIPE = 2  # part of the cache's key: a better conversion must not find the older one's result
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MOST_DIMENSIONS = 8  # ggml has four; more means that the bytes are no tensor's
@@ -175,18 +175,34 @@ def _convert(path: Path, target: Path) -> None:
         source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, **source, **options)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **source)
+            _save_tokenizer(folder / path.name, target, model.config.max_position_embeddings, source)
         except (OSError, ValueError, KeyError, NotImplementedError) as error:
             raise UnsupportedError(
                 f"{path.name} cannot be read by transformers: {error}.",
                 "Use the model's Hugging Face folder instead.",
             ) from error
-        tokenizer.model_max_length = model.config.max_position_embeddings
         try:
             model.save_pretrained(target)
         except SafetensorError as error:  # how its writer reports a full disk
             raise OSError(str(error)) from error
+
+
+def _save_tokenizer(path: Path, target: Path, context_length: int, source: dict[str, Any]) -> None:
+    """The ids are those that llama.cpp gives; a kind of tokenizer that is not known here is left to transformers."""
+    from transformers import AutoTokenizer
+
+    from calpaca.core.gguf_tokenizer import hugging_face_files
+
+    try:
+        files = hugging_face_files(path, context_length)
+    except UnsupportedError as error:
+        logger.warning("%s Its tokenizer is converted by transformers, which may give other ids.", error.message)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+        tokenizer.model_max_length = context_length
         tokenizer.save_pretrained(target)
+        return
+    for name, content in files.items():
+        (target / name).write_bytes(content)
 
 
 @contextmanager

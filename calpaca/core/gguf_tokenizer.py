@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from calpaca.core.errors import MissingExtraError, UnsupportedError
@@ -36,6 +37,24 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
     if "tokenizer.chat_template" in told:
         files["chat_template.jinja"] = str(told["tokenizer.chat_template"]).encode()
     return files
+
+
+def hugging_face_files(path: Path, context_length: int) -> dict[str, bytes]:
+    """The same in a form that transformers reads with the same ids.
+
+    Raises UnsupportedError as `tokenizer_files` does, ModelError for pieces that have no such form.
+    """
+    files = tokenizer_files(path)
+    if "tokenizer.model" not in files:
+        config = json.loads(files["tokenizer_config.json"])
+        return files | {"tokenizer_config.json": _json(config | {"model_max_length": context_length})}
+    from calpaca.core.convert.llama_tokenizer import sentencepiece_files
+
+    settings = json.loads(files.pop("tokenizer_config.json")) | {"model_max_length": context_length}
+    with TemporaryDirectory() as name:
+        model = Path(name) / "tokenizer.model"
+        model.write_bytes(files["tokenizer.model"])
+        return files | sentencepiece_files(model, settings, {})[0]
 
 
 def _read(path: Path) -> dict[str, Any]:
