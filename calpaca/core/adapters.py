@@ -58,11 +58,7 @@ class Adapter:
         kind = config.get("peft_type") if isinstance(config, dict) else None
         if kind != "LORA":
             raise UnsupportedError(f"Adapter {self.files.name} is of type {kind}.", "LoRA adapters are supported.")
-        for key, meaning in (("r", "rank"), ("lora_alpha", "alpha")):
-            if not isinstance(config.get(key), int | float):
-                raise AdapterError(
-                    f"{path} states no {meaning} ('{key}').", "Take the file that was saved with the adapter."
-                )
+        _check_numbers(path, config)
         return config
 
     @cached_property
@@ -130,6 +126,23 @@ class Adapter:
     @cached_property
     def tokenizer_size(self) -> int | None:
         return len(load_tokenizer(self.files.path)) if has_tokenizer(self.files.path) else None
+
+
+def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
+    """Ranks and alphas must be there, be numbers, and belong to patterns that can be matched."""
+    hint = "Take the file that was saved with the adapter."
+    for key, meaning in (("r", "rank"), ("lora_alpha", "alpha")):
+        if not isinstance(config.get(key), int | float):
+            raise AdapterError(f"{path} states no {meaning} ('{key}').", hint)
+    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    for rank in (config["r"], *ranks.values()):
+        if not isinstance(rank, int) or rank < 1:
+            raise AdapterError(f"{path} states the rank {rank!r}.", hint)
+    for pattern in (*ranks, *alphas):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise AdapterError(f"{path} has the pattern {pattern!r}, which cannot be read: {error}.", hint) from error
 
 
 def own_name(key: str) -> str:

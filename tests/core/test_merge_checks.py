@@ -145,6 +145,8 @@ def record_training(adapter: Path, base: Path, *parents: Path) -> Path:
 @pytest.mark.parametrize(("config", "message"), [
     ({"r": None}, r"adapter_config.json states no rank \('r'\)"),
     ({"lora_alpha": None}, r"adapter_config.json states no alpha"),
+    ({"r": 0}, r"states the rank 0"),
+    ({"rank_pattern": {"q_proj(": 4}}, r"has the pattern 'q_proj\(', which cannot be read"),
     ({"r": 8}, r"has rank 4, but adapter_config.json says r = 8"),
     ({"rank_pattern": {"layers.1.self_attn.q_proj": 2}}, r"with rank 2 on a weight of \[16, 16\] it must be \[2, 16\]"),
     ({"target_modules": ["q_proj", "v_proj"]}, r"2 modules are targeted, but got no tensors \(model.layers.0.self_attn.v"),
@@ -206,6 +208,21 @@ def test_values_that_are_not_finite_are_named_with_tensor_and_file(base: Path, t
     with pytest.raises(AdapterError, match=rf"adapter_model.safetensors is damaged: {key} holds .*(nan|inf)"):
         write_merged(base, adapter)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(("indices", "message"), [
+    ([1, ROWS], r"trains token 40, but model.embed_tokens has 40 rows"), ([-1, 2], "trains token -1"),
+    ([1, 2, 3], r"holds \[2, 16\] for tokens of model.embed_tokens; .* lists 3 of them"),
+])  # fmt: skip
+def test_tokens_that_are_not_there(base: Path, tmp_path: Path, indices: list[int], message: str) -> None:
+    key = f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"
+    adapter = write_adapter(
+        tmp_path / "adapter",
+        change=lambda each: each.update({key: torch.ones(2, HIDDEN)}),
+        trainable_token_indices=indices,
+    )
+    with pytest.raises(AdapterError, match=message):
+        plan(base, adapter)
 
 
 def test_a_truncated_adapter_and_a_pickle_with_code(base: Path, tmp_path: Path) -> None:
@@ -385,6 +402,15 @@ def test_the_original_layout_converts_back_to_the_same_tensors(base: Path, tmp_p
     conversion = plan_conversion(tmp_path / "merged")
     assert conversion.plan is not None
     assert write_model(conversion.plan, tmp_path / "back", Ledger(tmp_path / "jobs.sqlite")).weights == expected
+
+
+def test_one_merge_of_two_is_two_merges_of_one(base: Path, tmp_path: Path) -> None:
+    first, second = write_adapter(tmp_path / "first", rows=ROWS + 1), write_adapter(tmp_path / "second", seed=2)
+    expected = write_merged(base, first, second).weights
+    shutil.rmtree(tmp_path / "merged")
+    write_merged(base, first, format="bin", shard_size=4_000)
+    between = (tmp_path / "merged").rename(tmp_path / "between")
+    assert write_merged(between, second).weights == expected
 
 
 def test_configuration_and_small_files_follow_the_tensors(base: Path, tmp_path: Path) -> None:

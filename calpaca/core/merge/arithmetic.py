@@ -74,8 +74,8 @@ def add_scaled(weight: Tensor, product: Tensor, magnitude: Tensor, *, transposed
     """
     import torch
 
-    # Summed over in the layout that PEFT has it in, since the order of a sum decides its last bit.
-    total = weight.T + product if transposed else product.add_(weight)
+    # The layout is PEFT's, since the order of a sum, here that of the norm, decides its last bit.
+    total = weight.T + product if transposed else _add_to(product, weight)
     total.mul_((magnitude / torch.linalg.norm(total, dim=1)).view(-1, 1))
     change = total.T if transposed else total
     for block in _blocks(weight.shape):
@@ -127,6 +127,13 @@ def fits(low: float, high: float, dtype: torch.dtype) -> bool:
     import torch
 
     return -torch.finfo(dtype).max <= low <= high <= torch.finfo(dtype).max
+
+
+def _add_to(product: Tensor, weight: Tensor) -> Tensor:
+    """ΔW ← W + ΔW, in place, without widening all of W at once."""
+    for block in _blocks(weight.shape):
+        product[block].add_(weight[block])
+    return product
 
 
 def _blocks(shape: Sequence[int]) -> Iterator[slice]:

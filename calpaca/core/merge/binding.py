@@ -234,9 +234,10 @@ def _rows(adapter: Adapter, module: str, shapes: Shapes) -> Rows:
             f" adapter_config.json lists {len(indices or ())} of them and the base has {list(own or ())}.",
             "Take the adapter_config.json that was saved with these weights, and the base they were trained on.",
         )
-    if max(indices, default=0) >= own[0]:
+    beyond = [index for index in indices if not 0 <= index < own[0]]
+    if beyond:
         raise AdapterError(
-            f"Adapter {adapter.files.name} trains token {max(indices)}, but {module} has {own[0]} rows.",
+            f"Adapter {adapter.files.name} trains token {beyond[0]}, but {module} has {own[0]} rows.",
             "Name a base whose vocabulary was extended already.",
         )
     _refuse_scale(adapter, f"rows of {module}")

@@ -77,7 +77,7 @@ class LowRank:
         return f"{self.kind} {self.b} x {self.a} x {self.scaling!r}{rest} of {self.adapter.files.name}"
 
     def memory(self, shape: tuple[int, ...]) -> int:
-        copies = 2 if self.rounded or (self.transposed and self.magnitude) else 1
+        copies = 3 if self.rounded or (self.transposed and self.magnitude) else 1
         return copies * 4 * prod(shape)
 
 

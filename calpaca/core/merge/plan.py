@@ -125,6 +125,8 @@ def plan_merge(files: ModelFiles, output: Path | None, options: MergeOptions | N
         findings.add(problem, forced=options.force)
     check_effects(inputs.base, inputs.adapters, steps, findings)
     findings.notes += _vocabulary_notes(rows, inputs.tokenizer)
+    if inputs.base.tied and HEAD in steps[-1]:
+        findings.notes.append(f"Embeddings and output layer are no longer tied: {HEAD} is written, too.")
     return MergePlan(
         files, options, model, steps[-1], inputs.base, output, tuple(findings.problems), tuple(findings.notes)
     )

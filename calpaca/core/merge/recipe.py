@@ -13,9 +13,10 @@ from calpaca.core.checkpoint.plan import PlannedTensor, buffer_of, copied
 from calpaca.core.checkpoint.reader import Checkpoint
 from calpaca.core.errors import AdapterError, ModelError, UnsupportedError
 from calpaca.core.merge import arithmetic
-from calpaca.core.merge.base_model import BaseModel, same_bytes
+from calpaca.core.merge.base_model import BaseModel
 from calpaca.core.merge.binding import bind
 from calpaca.core.merge.changes import Change, Scratch
+from calpaca.core.merge.tie import replacements, tie_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,12 +109,12 @@ def _with_adapter(made: dict[str, Recipe], adapter: Adapter, base: BaseModel) ->
     ends = dict(made)
     if tied:
         ends[HEAD] = made[str(base.embedding)]
-    replaced = _replacements(adapter, base, tied)
+    replaced = replacements(adapter, base, tied)
     _check_places(adapter, replaced, ends)
     after = {name: _replace(recipe, adapter, replaced.get(name)) for name, recipe in ends.items()}
     changes = bind(adapter, base, with_head({name: recipe.shape for name, recipe in after.items()}))
     if tied:
-        changes = _tie_rows(changes, adapter, base)
+        changes = tie_rows(changes, adapter, base)
     _check_places(adapter, changes, ends)
     for name, added in changes.items():
         _check_float(adapter, name, after[name])
@@ -127,46 +128,6 @@ def _replace(recipe: Recipe, adapter: Adapter, name: str | None) -> Recipe:
     if name is None:
         return recipe
     return Recipe(adapter.checkpoint, adapter.keys[name], recipe.dtype, replaced_by=adapter)
-
-
-def _replacements(adapter: Adapter, base: BaseModel, tied: bool) -> dict[str, str]:
-    """Names of the model's tensors that are replaced: the adapter's tensor that is taken.
-
-    A module that was trained whole (`modules_to_save`) stands beside the base's, so the other end of a tie keeps its
-    values. Embeddings that were only saved because they had grown are one tensor at both ends.
-    """
-    replaced = {name: name for name in adapter.replaced}
-    ends = [name for name in (str(base.embedding), HEAD) if name in replaced]
-    if not tied or not ends or (_was_trained(adapter, ends) and not adapter.config.get("ensure_weight_tying")):
-        return replaced
-    if len(ends) == 2 and not same_bytes(
-        adapter.checkpoint, adapter.keys[ends[0]], adapter.checkpoint, adapter.keys[HEAD]
-    ):
-        return replaced
-    return {**replaced, str(base.embedding): ends[0], HEAD: ends[0]}
-
-
-def _was_trained(adapter: Adapter, names: Sequence[str]) -> bool:
-    saved = tuple(adapter.config.get("modules_to_save") or ())
-    return any(name.removesuffix(".weight").endswith(saved) for name in names) if saved else False
-
-
-def _tie_rows(changes: dict[str, list[Change]], adapter: Adapter, base: BaseModel) -> dict[str, list[Change]]:
-    """Tokens that were trained in tied embeddings are those of the output layer, too."""
-    embedding = str(base.embedding)
-    rows = [change for change in changes.get(embedding, ()) if change.kind == "token rows"]
-    own = [change for change in changes.get(HEAD, ()) if change.kind == "token rows"]
-    if not rows:
-        return changes
-    if own and not _same_rows(adapter, embedding, HEAD):
-        return changes
-    others = [change for change in changes.get(HEAD, ()) if change.kind != "token rows"]
-    return {**changes, HEAD: [*rows, *others]}
-
-
-def _same_rows(adapter: Adapter, a: str, b: str) -> bool:
-    names = [adapter.keys[f"{each.removesuffix('.weight')}.token_adapter.trainable_tokens_delta"] for each in (a, b)]
-    return same_bytes(adapter.checkpoint, names[0], adapter.checkpoint, names[1])
 
 
 def _check_places(adapter: Adapter, names: Iterable[str], made: Mapping[str, Recipe]) -> None:
