@@ -35,8 +35,9 @@ SLOTS = 8
 STEP_TOKENS = 512
 """Tokens of one step; a prompt can be given up between two."""
 
-EXACT = frozenset({"F32"})
-"""Types of matrices that llama.cpp multiplies in float32; with others it rounds what they are multiplied with, too."""
+TYPES = {"float32": frozenset({"F32"}), "float16": frozenset({"F16"})}
+"""Types of matrices for a dtype that is asked for. llama.cpp rounds what a matrix is multiplied with to its precision,
+to 8 bits for a quantized one."""
 
 _PAUSE = 0.005
 """Seconds that the process waits for tokens before it looks for new requests."""
@@ -50,7 +51,7 @@ def open_engine(files: ModelFiles, runtime: Runtime) -> NativeEngine:
     if files.spec.dtype == "bfloat16":
         raise UnsupportedError(f"The engine '{NAME}' does not compute in bfloat16.", "Use --dtype float16 or float32.")
     check_installed()
-    weights = gguf_weights(files, runtime, NAME, EXACT if files.spec.dtype == "float32" else None)
+    weights = gguf_weights(files, runtime, NAME, TYPES.get(files.spec.dtype))
     return start_engine(files, weights)
 
 

@@ -1,0 +1,143 @@
+"""Weights for native engines: made once from whatever a model consists of, adapters merged into them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from calpaca.core.engine import Engine, Request, Sampling  # noqa: E402
+from calpaca.core.engines.prepared import gguf_weights  # noqa: E402
+from calpaca.core.engines.retyped import matrix_types  # noqa: E402
+from calpaca.core.errors import MissingExtraError, UnsupportedError  # noqa: E402
+from calpaca.core.files import AdapterFiles, ModelFiles  # noqa: E402
+from calpaca.core.registry import load_target  # noqa: E402
+from calpaca.core.runtime import Runtime  # noqa: E402
+from calpaca.core.spec import ModelSpec  # noqa: E402
+
+PROMPTS = ("Once upon a time", "The llama", "1 2 3 4", "Water", "你好，世界")
+PACKAGES = {"openvino": "openvino_genai", "llama_cpp": "xllamacpp"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
+    """A small random Llama with SmolLM2's tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).half().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((smollm2 / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that changes nearly every answer."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("adapter")
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def files_of(base: Path, *adapters: Path, **spec: Any) -> ModelFiles:
+    found = tuple(AdapterFiles(each.name, each) for each in adapters)
+    return ModelFiles(base.name, ModelSpec(model=str(base), device="cpu", **spec), base, found, base, None)
+
+
+@pytest.fixture
+def opened(sources_runtime: Runtime, own_cache: Path) -> Iterator[Callable[..., Engine]]:
+    """Opens engines, and closes them."""
+    engines: list[Engine] = []
+
+    def open_engine(name: str, files: ModelFiles) -> Engine:
+        pytest.importorskip(PACKAGES.get(name, "torch"))
+        engines.append(load_target(f"calpaca.core.engines.{name}:open_engine", feature=name)(files, sources_runtime))
+        return engines[-1]
+
+    yield open_engine
+    for engine in engines:
+        engine.close()
+
+
+def answers(engine: Engine) -> list[str]:
+    return [engine.submit(Request(prompt, Sampling(max_new_tokens=6))).result(60).text for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("name", ["openvino", "llama_cpp"])
+def test_an_adapter_changes_the_answers_as_in_transformers(
+    name: str, base: Path, adapter: Path, opened: Callable[..., Engine]
+) -> None:
+    plain = answers(opened(name, files_of(base, dtype="float32")))
+    adapted = answers(opened(name, files_of(base, adapter, dtype="float32")))
+    expected = answers(opened("transformers", files_of(base, adapter, dtype="float32")))
+    assert adapted == expected
+    assert all(a != b for a, b in zip(plain, adapted, strict=True))
+
+
+def test_weights_are_prepared_once_for_each_content(
+    base: Path, adapter: Path, sources_runtime: Runtime, own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "calpaca")
+    first = gguf_weights(files_of(base), sources_runtime, "llama_cpp")
+    assert "Preparing" in caplog.text
+    caplog.clear()
+    written = first.stat().st_mtime_ns
+    assert gguf_weights(files_of(base), sources_runtime, "openvino", frozenset({"F16"})) == first
+    assert (first.stat().st_mtime_ns, caplog.text) == (written, "")
+    others = [files_of(base, adapter), files_of(base, quantization="8bit"), files_of(base, dtype="float32")]
+    paths = {gguf_weights(each, sources_runtime, "llama_cpp") for each in others}
+    assert len(paths | {first}) == 4
+    assert matrix_types(first) == {"F16"}
+
+
+def test_a_file_of_ones_own_is_taken_as_it_is(smollm2: Path, smollm2_gguf: Path, sources_runtime: Runtime) -> None:
+    files = ModelFiles("smollm2", ModelSpec(model=str(smollm2_gguf)), smollm2, (), smollm2, None)
+    assert gguf_weights(files, sources_runtime, "llama_cpp") == smollm2_gguf
+
+
+def test_a_type_that_is_read_inexactly_is_written_again(
+    smollm2: Path, smollm2_gguf: Path, sources_runtime: Runtime, own_cache: Path
+) -> None:
+    files = ModelFiles("smollm2", ModelSpec(model=str(smollm2_gguf)), smollm2, (), smollm2, None)
+    weights = gguf_weights(files, sources_runtime, "openvino", frozenset({"F16", "Q8_0"}))
+    assert weights.is_relative_to(own_cache)
+    assert matrix_types(smollm2_gguf) >= {"Q4_1"} and matrix_types(weights) == {"F16"}
+    assert not list(weights.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["openvino", "llama_cpp"])
+def test_what_an_engine_cannot_do_for_a_model_is_refused_by_name(
+    name: str, base: Path, opened: Callable[..., Engine]
+) -> None:
+    for spec, said in (({"device": "cuda"}, "cuda"), ({"quantization": "4bit"}, "4bit")):
+        files = files_of(base)
+        with pytest.raises(UnsupportedError, match=said):
+            opened(name, ModelFiles(files.name, files.spec.model_copy(update=spec), base, (), base, None))
+
+
+@pytest.mark.parametrize("name", ["openvino", "llama_cpp"])
+def test_a_missing_package_is_told_with_its_install_line(
+    name: str, base: Path, sources_runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    extra = name.replace("_", "-")
+    with pytest.raises(MissingExtraError, match=rf"pip install 'calpaca\[{extra}\]'"):
+        load_target(f"calpaca.core.engines.{name}:open_engine", feature=name)(files_of(base), sources_runtime)
