@@ -8,6 +8,7 @@ from calpaca.cli.group import Group
 from calpaca.cli.models.catalogue import list_models
 from calpaca.cli.models.compare import compare
 from calpaca.cli.models.convert import convert
+from calpaca.cli.models.export import export
 from calpaca.cli.models.files import path, pull
 from calpaca.cli.models.merge import merge
 from calpaca.cli.models.show import show
@@ -22,5 +23,5 @@ def models() -> None:
     """
 
 
-for command in (list_models, pull, path, show, verify, compare, convert, merge):
+for command in (list_models, pull, path, show, verify, compare, convert, merge, export):
     models.add_command(command)

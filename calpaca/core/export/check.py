@@ -20,6 +20,7 @@ from calpaca.core.export.gguf_tensors import GgufTensor
 from calpaca.core.export.gguf_types import PlainType, Rows, gguf
 from calpaca.core.export.gguf_vocabulary import Vocabulary
 from calpaca.core.export.source import Source
+from calpaca.core.files import ModelFiles
 from calpaca.core.gguf import without_bars
 from calpaca.core.gguf_tokenizer import CONTROL, NORMAL, USER_DEFINED, tokenizer_files
 from calpaca.core.golden import render_golden
@@ -69,24 +70,43 @@ class ExportCheck:
 # ---- tensors ------------------------------------------------------------------------------------------------------
 
 
+def check_shapes(file: Path, tensors: Sequence[GgufTensor]) -> int:
+    """Compare names and shapes alone; returns how many tensors there are. Raises ModelError."""
+    stored = _stored(file, tensors)
+    for tensor in tensors:
+        if _shape(stored[tensor.name]) != tensor.source.shape:
+            raise failed(f"{tensor.name} is {list(_shape(stored[tensor.name]))}")
+    return len(tensors)
+
+
 def check_tensors(file: Path, tensors: Sequence[GgufTensor]) -> int:
     """Compare every number of a file with what it was rounded from; returns how many tensors there are.
 
     Raises ModelError that names the first tensor that is missing or differs by more than its type explains.
     """
-    stored = {tensor.name: tensor for tensor in gguf().GGUFReader(file).tensors}
-    if stored.keys() != {tensor.name for tensor in tensors}:
-        odd = sorted(stored.keys() ^ {tensor.name for tensor in tensors})
-        raise _failed(f"{len(odd)} tensors are missing or unknown, for example {odd[0]}")
+    stored = _stored(file, tensors)
     for tensor in tensors:
         _check_tensor(tensor, stored[tensor.name])
     return len(tensors)
 
 
+def _stored(file: Path, tensors: Sequence[GgufTensor]) -> dict[str, Any]:
+    """What the `gguf` package reads, by name; exactly what is expected."""
+    stored = {tensor.name: tensor for tensor in gguf().GGUFReader(file).tensors}
+    odd = sorted(stored.keys() ^ {tensor.name for tensor in tensors})
+    if odd:
+        raise failed(f"{len(odd)} tensors are missing or unknown, for example {odd[0]}")
+    return stored
+
+
+def _shape(stored: Any) -> tuple[int, ...]:
+    return tuple(int(length) for length in reversed(stored.shape))
+
+
 def _check_tensor(tensor: GgufTensor, stored: Any) -> None:
-    shape = tuple(int(length) for length in reversed(stored.shape))
+    shape = _shape(stored)
     if shape != tensor.source.shape or stored.tensor_type != tensor.type.number:
-        raise _failed(f"{tensor.name} is {stored.tensor_type.name} {list(shape)}")
+        raise failed(f"{tensor.name} is {stored.tensor_type.name} {list(shape)}")
     data = stored.data if len(shape) > 1 else stored.data.reshape(1, -1)
     position = 0
     for expected in tensor.rows():
@@ -94,7 +114,7 @@ def _check_tensor(tensor: GgufTensor, stored: Any) -> None:
         position += len(expected)
         if not _fits(found, expected, tensor.type):
             largest = float(np.abs(found - expected).max())
-            raise _failed(f"{tensor.name} differs by up to {largest:g}, more than {tensor.type.name} explains")
+            raise failed(f"{tensor.name} differs by up to {largest:g}, more than {tensor.type.name} explains")
 
 
 def _fits(found: Rows, expected: Rows, kind: PlainType) -> bool:
@@ -134,7 +154,7 @@ def check_vocabulary(
     for text in texts:
         expected, found = (each.encode(text, special_tokens=True) for each in (tokenizer, rebuilt))
         if found != expected:
-            raise _failed(f"its vocabulary gives {found[:12]} for {text[:60]!r}, the tokenizer gives {expected[:12]}")
+            raise failed(f"its vocabulary gives {found[:12]} for {text[:60]!r}, the tokenizer gives {expected[:12]}")
     return len(texts)
 
 
@@ -156,10 +176,10 @@ def _texts(vocabulary: Vocabulary, tokenizer: Tokenizer, template: ChatTemplate 
 # ---- logits -------------------------------------------------------------------------------------------------------
 
 
-def check_logits(file: Path, source: Source, architecture: GgufArchitecture, wanted: PlainType) -> dict[str, Any]:
+def check_logits(file: Path, source: Source, architecture: GgufArchitecture, kind: str) -> dict[str, Any]:
     """Run the source and the file on a few prompts with transformers; the fields of `ExportCheck` that say how it went.
 
-    Raises ModelError when the logits differ by more than the type explains. Types of 4 and 5 bits may differ by any
+    `kind` is ggml's name of the type. Raises ModelError when the logits differ by more than it explains. Types of 4 and 5 bits may differ by any
     amount: their tensors were compared already.
     """
     needed = _COPIES * 4 * source.parameters
@@ -179,11 +199,9 @@ def check_logits(file: Path, source: Source, architecture: GgufArchitecture, wan
         float(each.abs().max()) for each in expected
     )
     agreeing = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(expected, found, strict=True))
-    tolerance = TOLERANCES.get({"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(wanted.name, wanted.ggml))
+    tolerance = TOLERANCES.get({"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(kind, kind))
     if tolerance is not None and relative > tolerance:
-        raise _failed(
-            f"its logits differ by {relative:.2e} of the largest, more than {wanted.name} explains ({tolerance:g})"
-        )
+        raise failed(f"its logits differ by {relative:.2e} of the largest, more than {kind} explains ({tolerance:g})")
     return {"relative": relative, "agreement": agreeing / sum(map(len, prompts))}
 
 
@@ -210,14 +228,15 @@ def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         return [model(torch.tensor([list(ids)]), use_cache=False).logits[0].float() for ids in prompts]
 
 
-def _failed(problem: str) -> ModelError:
+def failed(problem: str) -> ModelError:
+    """The error for a file that is not what it should be."""
     return ModelError(
         f"The GGUF file was read back and is not what was exported: {problem}.",
         "Nothing was kept. Please report this, with the model's name.",
     )
 
 
-def template_of(tokenizer: Tokenizer, source: Source) -> ChatTemplate | None:
+def template_of(tokenizer: Tokenizer, files: ModelFiles) -> ChatTemplate | None:
     """The chat template that goes with the model; None where it has none."""
-    named = source.files.template
+    named = files.template
     return choose_template(tokenizer, named) if named is not None or tokenizer.chat_template else None

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from calpaca.core.checkpoint.lineage import versions
-from calpaca.core.checkpoint.manifest import Lineage
+from calpaca.core.checkpoint.manifest import Lineage, Manifest
 from calpaca.core.checkpoint.plan import ModelPlan, PlannedFile
+from calpaca.core.checkpoint.write import Command, check_output, write_model
 from calpaca.core.convert.names import HF_EMBEDDINGS, HF_OUTPUT
-from calpaca.core.export.check import ExportCheck, check_logits, check_tensors, check_vocabulary, template_of
+from calpaca.core.export.check import (
+    ExportCheck,
+    check_logits,
+    check_shapes,
+    check_tensors,
+    check_vocabulary,
+    template_of,
+)
 from calpaca.core.export.gguf_architecture import GgufArchitecture, read_architecture
 from calpaca.core.export.gguf_header import describe_model, describe_vocabulary, make_header
 from calpaca.core.export.gguf_tensors import GgufTensor, gguf_tensors, widened
-from calpaca.core.export.gguf_types import PlainType, plain_type
+from calpaca.core.export.gguf_types import K_QUANTS, PlainType, plain_type
 from calpaca.core.export.gguf_vocabulary import Vocabulary, read_vocabulary
+from calpaca.core.export.llama_quantize import copied_file, find_quantizer, quantize
 from calpaca.core.export.modelfile import MODELFILE, modelfile
 from calpaca.core.export.source import Source, read_source
 from calpaca.core.files import ModelFiles
 from calpaca.core.template import ChatTemplate
 from calpaca.core.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from calpaca.core.jobs import Ledger
+
+logger = logging.getLogger("calpaca")
 
 
 @dataclass(frozen=True)
@@ -57,9 +73,90 @@ class GgufExport:
         """Read a written file back and compare it with the source. Raises ModelError with what differs."""
         count = check_tensors(file, self.tensors)
         texts = check_vocabulary(file, self.vocabulary, self.tokenizer, self.template)
-        if not logits:
-            return ExportCheck(count, texts, reason="logits were not compared")
-        return ExportCheck(count, texts, **check_logits(file, self.source, self.architecture, self.type))
+        return ExportCheck(count, texts, **self._logits(file, self.type.ggml, logits))
+
+    def check_quantized(self, file: Path, kind: str, *, logits: bool = True) -> ExportCheck:
+        """Compare a file that llama.cpp quantized: names and shapes of the tensors, vocabulary, logits."""
+        count = check_shapes(file, self.tensors)
+        texts = check_vocabulary(file, self.vocabulary, self.tokenizer, self.template)
+        return ExportCheck(count, texts, **self._logits(file, kind, logits))
+
+    def _logits(self, file: Path, kind: str, wanted: bool) -> dict[str, Any]:
+        if not wanted:
+            return {"reason": "logits were not compared"}
+        return check_logits(file, self.source, self.architecture, kind)
+
+
+@dataclass
+class _Checked:
+    """What the check found, once the file has been written."""
+
+    result: ExportCheck | None = None
+
+
+def export_gguf(
+    files: ModelFiles, output: Path, jobs: Ledger, options: GgufOptions | None = None, command: Command | None = None
+) -> tuple[Manifest, ExportCheck]:
+    """Write a folder with a GGUF file, a Modelfile and a manifest; returns the manifest and what was compared.
+
+    Adapters are merged on the way. Raises what `plan_gguf` and `write_model` raise, and ModelError when the file, read
+    back, is not what was exported; then no output appears.
+    """
+    options = options or GgufOptions()
+    program = find_quantizer() if options.type in K_QUANTS else None
+    if program is not None:
+        return _export_quantized(program, files, output, jobs, options=options, command=command)
+    return _write(plan_gguf(files, options), output, jobs, options, command)
+
+
+def _write(
+    export: GgufExport, output: Path, jobs: Ledger, options: GgufOptions, command: Command | None
+) -> tuple[Manifest, ExportCheck]:
+    _tell(export)
+    checked = _Checked()
+
+    def check(folder: Path) -> None:
+        checked.result = export.check(folder / export.file_name, logits=options.logits)
+
+    manifest = write_model(replace(export.model, check=check), output, jobs, command)
+    assert checked.result is not None
+    return manifest, checked.result
+
+
+def _export_quantized(
+    program: Path, files: ModelFiles, output: Path, jobs: Ledger, *, options: GgufOptions, command: Command | None
+) -> tuple[Manifest, ExportCheck]:
+    """By way of an f16 file beside the output, which is removed again."""
+    check_output(output)
+    half = plan_gguf(files, replace(options, type="f16"))
+    _tell(half)
+    name = f"model-{options.type}.gguf"
+    checked = _Checked()
+    with TemporaryDirectory(prefix=f".{output.name}.", suffix=".part", dir=output.absolute().parent) as temporary:
+        whole, small = Path(temporary) / "f16", Path(temporary) / name
+        write_model(half.model, whole, jobs)
+        quantize(program, whole / half.file_name, small, options.type)
+
+        def check(folder: Path) -> None:
+            checked.result = half.check_quantized(folder / name, options.type.upper(), logits=options.logits)
+
+        settings = {"format": "gguf", "type": options.type, "pre": half.vocabulary.pre}
+        model = ModelPlan(
+            (copied_file(small, name),),
+            partial(_lineage, half.source, settings, half.template),
+            (small,),
+            settings,
+            {MODELFILE: modelfile(f"./{name}", half.template, add_bos=half.vocabulary.add_bos).encode()},
+            check,
+        )
+        manifest = write_model(model, output, jobs, command)
+    assert checked.result is not None
+    return manifest, checked.result
+
+
+def _tell(export: GgufExport) -> None:
+    for note in export.notes:
+        logger.warning("%s", note)
 
 
 def plan_gguf(files: ModelFiles, options: GgufOptions | None = None) -> GgufExport:
@@ -76,7 +173,7 @@ def plan_gguf(files: ModelFiles, options: GgufOptions | None = None) -> GgufExpo
     tensors = gguf_tensors(source.tensors, architecture, wanted)
     tokenizer = load_tokenizer(source.tokenizer)
     vocabulary = read_vocabulary(source.tokenizer, tokenizer, source.tensors[HF_EMBEDDINGS].shape[0], options.pre)
-    template = template_of(tokenizer, source)
+    template = template_of(tokenizer, files)
     name = f"model-{wanted.name}.gguf"
     planned = tuple(tensor.planned() for tensor in tensors)
 
