@@ -20,7 +20,7 @@ from calpaca.core.engines.native import (
     threads,
 )
 from calpaca.core.engines.prepared import gguf_weights
-from calpaca.core.engines.process import Event, Worker
+from calpaca.core.engines.process import BrokenError, Event, Worker, reason
 from calpaca.core.engines.schema_grammar import schema_ebnf
 from calpaca.core.errors import MissingExtraError, ModelError, UnsupportedError, UsageError
 from calpaca.core.files import ModelFiles
@@ -120,7 +120,7 @@ class OpenVinoRunner:
             )
         except RuntimeError as error:
             raise ModelError(
-                f"OpenVINO cannot load {Path(weights).name}: {_reason(error)}", "Use --engine transformers."
+                f"OpenVINO cannot load {Path(weights).name}: {reason(error)}", "Use --engine transformers."
             ) from error
         self._handles: dict[int, Any] = {}
         self._cancelled: set[int] = set()
@@ -182,7 +182,7 @@ class OpenVinoRunner:
         try:
             self._pipeline.step()
         except RuntimeError as error:
-            return [*events, self._blame(error)]
+            raise BrokenError(error, [*events, *self._blame(error)]) from error
         for key, handle in list(self._handles.items()):
             events += self._events(key, handle)
         return events
@@ -199,14 +199,13 @@ class OpenVinoRunner:
                 self._unproven = key
         return events
 
-    def _blame(self, error: RuntimeError) -> Event:
-        """End the request whose grammar was new. Raises the error where there is none: then the library is broken."""
+    def _blame(self, error: RuntimeError) -> list[Event]:
+        """The end of the request whose grammar was new, if there is one. The others cannot go on: the library was left
+        in the middle of a step."""
         if self._unproven is None:
-            raise error
-        self._handles[self._unproven].cancel()
-        return self._end(
-            self._unproven, UsageError(f"OpenVINO cannot use this grammar: {_reason(error)}", "Simplify it.")
-        )
+            return []
+        unreadable = UsageError(f"OpenVINO cannot use this grammar: {reason(error)}", "Simplify it.")
+        return [self._end(self._unproven, unreadable)]
 
     def _events(self, key: int, handle: Any) -> list[Event]:
         status = handle.get_status().name
@@ -235,9 +234,3 @@ class OpenVinoRunner:
         for handle in self._handles.values():
             handle.cancel()
         del self._pipeline
-
-
-def _reason(error: RuntimeError) -> str:
-    """The last line of a message of OpenVINO, which begins with places in its sources."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,15 @@ log = logging.getLogger("calpaca")
 
 Event = tuple[int, Any, bool]
 """What a runner has to say about a job: the job's key, a payload or an error, and whether that was the last."""
+
+
+class BrokenError(Exception):
+    """A step broke the runner; `events` are its last."""
+
+    def __init__(self, reason: Exception, events: list[Event]) -> None:
+        super().__init__(str(reason))
+        self.events = events
+
 
 _PATIENCE = 5.0
 """Seconds that a process gets to end by itself."""
@@ -50,7 +60,7 @@ class Runner(Protocol):
         ...
 
     def step(self) -> list[Event]:
-        """Work a little, for tens of milliseconds. An exception means that the runner is broken."""
+        """Work a little, for tens of milliseconds. Any exception means that the runner is broken; see BrokenError."""
         ...
 
     def close(self) -> None: ...
@@ -130,7 +140,7 @@ class Worker:
         with self._lock:
             if self._closed:
                 raise ModelError("The engine is closed.", "Load the model again.")
-            if self._child is None or self._child.ended.is_set():
+            if self._child is None or self._child.over:
                 if self._child is not None:
                     log.info("Starting %s again.", self._title)
                 self._child = _Child(self._target, self._arguments, self._title, isolated=self._isolated)
@@ -160,10 +170,15 @@ class _Child:
         self._reader = threading.Thread(target=self._read, name=f"calpaca-{title}-reader", daemon=True)
         self._reader.start()
 
+    @property
+    def over(self) -> bool:
+        """Whether it takes no more jobs."""
+        return self.error is not None or self.ended.is_set()
+
     def start(self, key: int, job: Any, sink: Sink) -> bool:
         """Whether the job was handed over: not to a process that has ended."""
         with self._lock:
-            if self.ended.is_set():
+            if self.over:
                 return False
             self.sinks[key] = sink
         self.send(("start", key, job))
@@ -185,11 +200,11 @@ class _Child:
     def _dispatch(self, kind: str, content: Any) -> None:
         if kind == "ready":
             self.ready.set()
-        elif kind == "failed":
-            self.error = content
-        else:
-            for key, payload, last in content:
-                self._deliver(key, payload, last)
+            return
+        if kind == "failed":
+            self.error, content = content
+        for key, payload, last in content:
+            self._deliver(key, payload, last)
 
     def _deliver(self, key: int, payload: Any, last: bool) -> None:
         with self._lock:
@@ -276,9 +291,9 @@ def _serve(connection: Connection) -> None:
         try:
             runner = _open(*connection.recv())
         except Exception as error:
-            connection.send(("failed", _picklable(error)))
+            connection.send(("failed", (_picklable(error), [])))
             return
-        connection.send(("ready", None))
+        connection.send(("ready", []))
         try:
             _work(connection, runner)
         finally:
@@ -304,7 +319,8 @@ def _work(connection: Connection, runner: Runner) -> None:
         try:
             events += runner.step() if runner.busy else []
         except Exception as error:
-            connection.send(("failed", _picklable(error)))
+            events += error.events if isinstance(error, BrokenError) else []
+            connection.send(("failed", (_picklable(error), events)))
             return
         if events:
             connection.send(("events", events))
@@ -322,10 +338,13 @@ def _obey(runner: Runner, command: str, key: int, job: Any = None) -> list[Event
 
 
 def _picklable(error: Exception) -> Exception:
-    """Errors of ours as they are; a library's as a ModelError with its first line."""
+    """Errors of ours as they are, a library's as a ModelError."""
     if isinstance(error, CalpacaError):
         return error
+    return ModelError(f"The engine failed: {reason(error)}", "Try --engine transformers.")
+
+
+def reason(error: Exception) -> str:
+    """The last line of a library's message, without the place in its sources that it begins with."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ModelError(
-        f"The engine failed: {lines[-1] if lines else type(error).__name__}", "Try --engine transformers."
-    )
+    return re.sub(r"^.*\.(?:cc|cpp|h|hpp):\d+:?\s*", "", lines[-1]) if lines else type(error).__name__
