@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from calpaca.core.errors import UnsupportedError, UsageError
@@ -345,6 +346,22 @@ class ConversationEngine(Engine, Protocol):
 
     def count_tokens(self, conversation: Conversation) -> int:
         """Tokens of the prompt that a conversation becomes; an estimate on the high side where that is not known."""
+        ...
+
+
+@runtime_checkable
+class AdapterEngine(Engine, Protocol):
+    """An engine with several LoRA adapters of its model live at once, of which a request names one."""
+
+    def load_adapter(self, name: str, path: str | Path, scale: float = 1.0) -> None:
+        """Load an adapter from its folder; one that had the name before serves only what is under way.
+
+        Raises AdapterError for one of another base, UnsupportedError for one that must be merged.
+        """
+        ...
+
+    def unload_adapter(self, name: str) -> None:
+        """Take no more requests for an adapter. Raises AdapterError for one that is not loaded."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +21,17 @@ ATTENTION = "calpaca"
 """The name under which transformers' models find our attention."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """Where a linear layer of the model is now: the outputs from `begin` to `end`, of `width`, of an attribute."""
+
+    holder: Any
+    attribute: str
+    begin: int
+    end: int
+    width: int
+
+
 class Decoder(Protocol):
     """Runs the tokens of a step; logits [outputs, vocabulary].
 
@@ -29,6 +41,10 @@ class Decoder(Protocol):
     slots: bool
 
     def __call__(self, step: Step) -> Tensor: ...
+
+    def part(self, module: str) -> Part | None:
+        """A linear layer by its name in the model; None where there is none of that name that can be changed."""
+        ...
 
 
 def choose_decoder(model: Any) -> Decoder:
@@ -58,7 +74,7 @@ def _keeps_keys_and_values(causal: Any) -> bool:
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Layer:
     """A layer's parts, matrices with the same input joined."""
 
@@ -68,6 +84,13 @@ class _Layer:
     mlp_norm: Any
     gate_up: Any
     down: Any
+
+
+_JOINED = {
+    "q_proj": ("qkv", 0), "k_proj": ("qkv", 1), "v_proj": ("qkv", 2), "o_proj": ("output", 0),
+    "gate_proj": ("gate_up", 0), "up_proj": ("gate_up", 1), "down_proj": ("down", 0),
+}  # fmt: skip
+"""Where the model's linear layers are in a `_Layer`."""
 
 
 class LlamaDecoder:
@@ -85,6 +108,7 @@ class LlamaDecoder:
         self._head_size: int = causal.model.layers[0].self_attn.head_dim
         self._sizes = [heads * self._head_size for heads in _heads(config)]
         self._mlp_size: int = config.intermediate_size
+        self._hidden_size: int = config.hidden_size
         self._embed, self._rotary, self._norm = causal.model.embed_tokens, causal.model.rotary_emb, causal.model.norm
         self._head, causal.lm_head = pack(causal.lm_head), None
         self._layers = [_take_layer(layer) for layer in causal.model.layers]
@@ -98,6 +122,15 @@ class LlamaDecoder:
             hidden = hidden + self._mlp(layer, layer.mlp_norm(hidden))
         logits: Tensor = self._head(self._norm(hidden[step.outputs]))
         return logits
+
+    def part(self, module: str) -> Part | None:
+        found = re.fullmatch(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)", module)
+        if found is None or found[2] not in _JOINED:
+            return None
+        attribute, place = _JOINED[found[2]]
+        sizes = {"qkv": self._sizes, "gate_up": [self._mlp_size] * 2}.get(attribute, [self._hidden_size])
+        begin = sum(sizes[:place])
+        return Part(self._layers[int(found[1])], attribute, begin, begin + sizes[place], sum(sizes))
 
     def _angles(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [tokens, 1, head size]; the first half of the sines is negated, see `_rotate`."""
@@ -173,6 +206,9 @@ class HubDecoder:
                     setattr(module, name, pack(child))
         self._causal = causal
 
+    def part(self, module: str) -> Part | None:
+        return _own_part(self._causal, module)
+
     def __call__(self, step: Step) -> Tensor:
         _running.step = step
         try:
@@ -205,6 +241,16 @@ def _attend(
     return attended[None], None
 
 
+def _own_part(causal: Any, module: str) -> Part | None:
+    """A linear layer that is where the model put it; not the output layer, which sees only some tokens of a step."""
+    try:
+        size = causal.get_submodule(module).out_features
+    except AttributeError:
+        return None
+    path, _, name = module.rpartition(".")
+    return Part(causal.get_submodule(path), name, 0, size, size) if path else None
+
+
 class SerialDecoder:
     """Any other model: each row has a cache of transformers' own and runs by itself."""
 
@@ -213,6 +259,9 @@ class SerialDecoder:
     def __init__(self, causal: Any) -> None:
         self._causal = causal
         self._caches: WeakKeyDictionary[Place, Any] = WeakKeyDictionary()
+
+    def part(self, module: str) -> Part | None:  # noqa: ARG002  # rows of several adapters do not run side by side
+        return None
 
     def __call__(self, step: Step) -> Tensor:
         import torch

@@ -27,12 +27,14 @@ class Row:
         request: Request,
         prompt: list[int],
         *,
+        adapter: int,
         max_new_tokens: int,
         tokenizer: Tokenizer,
         eos_ids: frozenset[int],
         matcher: GrammarMatcher | None,
     ) -> None:
         self.ids = list(prompt)
+        self.adapter = adapter  # its number among the live ones
         self.place: Place | None = None  # the slot with what is kept of `ids`
         self.leader: Row | None = None  # a row with the same beginning, whose prompt runs first
         self.cached_tokens = 0

@@ -80,6 +80,6 @@ def find_leader(row: Row, others: Sequence[Row]) -> Row | None:
     """A row whose prompt is under way and shares the first half, or more, of this one's."""
     half = row.ids[: max(BLOCK, len(row.ids) // 2)]
     for other in others:
-        if other.pending > 1 and other.ids[: len(half)] == half:
+        if other.adapter == row.adapter and other.pending > 1 and other.ids[: len(half)] == half:
             return other
     return None

@@ -135,7 +135,7 @@ class SlotCache:
         self._context_length = weights.context_length
         self._device = model.device
         values = values_per_token(model.config.get_text_config().to_dict())
-        self._token_bytes = (values or 0) * model.dtype.itemsize  # in all layers together
+        self._token_bytes: int = (values or 0) * model.dtype.itemsize  # in all layers together
         self.shelves: dict[int, Shelf] = {}
 
     @property

@@ -11,8 +11,12 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calpaca.core.adapters import Adapter
 from calpaca.core.engine import Capabilities, Handle, Request, refuse_unsupported
 from calpaca.core.engines.decoder import choose_decoder
 from calpaca.core.engines.prefix import PrefixCache
@@ -21,7 +25,7 @@ from calpaca.core.engines.schedule import Pace, choose_spans, find_leader, follo
 from calpaca.core.engines.slots import SlotCache
 from calpaca.core.engines.step import Span, Step
 from calpaca.core.errors import CalpacaError, ContextOverflowError, MissingExtraError, ModelError, UsageError
-from calpaca.core.files import ModelFiles
+from calpaca.core.files import AdapterFiles, ModelFiles
 from calpaca.core.grammar import KINDS, GrammarCompiler
 from calpaca.core.template import NamedTemplate, choose_template
 
@@ -66,8 +70,14 @@ class TransformersEngine:
         self.template = choose_template(weights.tokenizer, template)
         self._eos_ids = frozenset(weights.eos_ids)
         self._grammars = GrammarCompiler(weights.tokenizer, weights.vocabulary_size, list(weights.eos_ids))
+        from calpaca.core.engines.live_adapters import LiveAdapters  # torch is imported when there is a model to run
+
         self._cache = SlotCache(weights)
+        shapes = {name: tuple(parameter.shape) for name, parameter in weights.model.named_parameters()}
+        like = weights.model.get_input_embeddings().weight
         self._decoder = choose_decoder(weights.model)
+        self._adapters = LiveAdapters(self._decoder, like, shapes, len(weights.tokenizer))
+        self._changes: deque[tuple[Callable[[], None], Future[None]]] = deque()  # to be made between two turns
         self._prefixes = PrefixCache(lambda: self._cache.free_memory)
         self._pace = Pace()
         self._rows: list[Row] = []  # under way, in the order in which they came
@@ -83,6 +93,7 @@ class TransformersEngine:
             context_length=self._context_length,
             max_logprobs=20,
             grammars=KINDS,
+            adapters=self._decoder.slots,
             details={"device": str(self._device), "dtype": str(self._dtype).removeprefix("torch.")},
         )
 
@@ -105,15 +116,38 @@ class TransformersEngine:
             )
         room = self._new_tokens(len(prompt), request.sampling.max_new_tokens)
         matcher = self._grammars.compile(request.grammar) if request.grammar is not None else None
-        row = Row(
-            request, prompt, max_new_tokens=room, tokenizer=self._tokenizer, eos_ids=self._eos_ids, matcher=matcher
-        )
         with self._changed:
-            if self._closed:
-                raise ModelError("The engine is closed.", "Load the model again.")
+            self._check_open()
+            row = Row(
+                request, prompt, adapter=self._adapters.number(request.adapter), max_new_tokens=room,
+                tokenizer=self._tokenizer, eos_ids=self._eos_ids, matcher=matcher,
+            )  # fmt: skip
             self._waiting.append(row)
             self._changed.notify()
         return row.handle
+
+    def load_adapter(self, name: str, path: str | Path, scale: float = 1.0) -> None:
+        """Load a LoRA adapter from its folder, for requests that name it; see `AdapterEngine`."""
+        factors = self._adapters.read(Adapter(AdapterFiles(name, Path(path), scale)))
+        self._between_turns(lambda: self._adapters.load(name, factors))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests under way with it go on to their end."""
+        with self._changed:
+            self._adapters.forget(name)
+
+    def _between_turns(self, change: Callable[[], None]) -> None:
+        """Let the worker make a change of the model, and wait for it."""
+        done: Future[None] = Future()
+        with self._changed:
+            self._check_open()
+            self._changes.append((change, done))
+            self._changed.notify()
+        done.result()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ModelError("The engine is closed.", "Load the model again.")
 
     def _new_tokens(self, prompt_tokens: int, wanted: int | None) -> int:
         """How many tokens the answer may have. Raises ContextOverflowError when that does not fit."""
@@ -146,11 +180,12 @@ class TransformersEngine:
     def _wait(self) -> bool:
         """Sleep until there is work; False when the engine is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._waiting or self._rows)
+            self._changed.wait_for(lambda: self._closed or self._waiting or self._rows or self._changes)
             return not self._closed
 
     def _turn(self) -> None:
         """Let cancelled rows go and new ones in, then run one step of all that are under way."""
+        self._change()
         self._remove_cancelled()
         self._admit()
         self._restore()
@@ -158,12 +193,26 @@ class TransformersEngine:
             return
         begin = time.perf_counter()
         step = Step(choose_spans(self._rows, self._pace, guesses=self._decoder.slots), self._device)
+        self._adapters.select(step)
         logits = self._decoder(step)
         step.finish()
         finished = self._advance(step.spans, logits)
         self._pace.note(len(step.ids), time.perf_counter() - begin)
         self._keep(finished | {span.row for span in step.spans if 0 < span.outputs < len(span.tokens)})
         self._drop(finished)
+
+    def _change(self) -> None:
+        """Load the adapters that were asked for, and let go of forgotten ones that no row runs with."""
+        while self._changes:
+            change, done = self._changes.popleft()
+            try:
+                change()
+            except Exception as error:  # for the one who asked
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+        with self._changed:
+            self._adapters.remove_unused({row.adapter for row in (*self._rows, *self._waiting)})
 
     def _advance(self, spans: list[Span], logits: Tensor) -> set[Row]:
         """Choose and hand out the next tokens of each row that has logits; the rows that are complete with them."""
@@ -206,13 +255,13 @@ class TransformersEngine:
         """Give rows that begin as earlier ones did what is kept of those."""
         for row in self._rows if self._decoder.slots else ():
             if row.place is not None and row.place.filled == 0 and not follows(row):
-                row.cached_tokens = self._prefixes.restore(row.ids, 0, row.place)
+                row.cached_tokens = self._prefixes.restore(row.ids, row.adapter, row.place)
 
     def _keep(self, rows: set[Row]) -> None:
         """Keep what was computed for rows, for others that begin the same way."""
         for row in rows if self._decoder.slots else ():
             if row.place is not None:
-                self._prefixes.keep(row.ids, 0, row.place)
+                self._prefixes.keep(row.ids, row.adapter, row.place)
 
     def _drop(self, rows: set[Row]) -> None:
         """Free the slots of rows."""
@@ -249,6 +298,8 @@ class TransformersEngine:
         self._cache.clear()
         for row in rows:
             row.finish("cancelled")
+        for _, done in self._changes:
+            done.cancel()
 
 
 def _accept(span: Span, likeliest: list[int], logits: Tensor) -> bool:

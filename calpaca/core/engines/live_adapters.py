@@ -1,0 +1,200 @@
+"""LoRA adapters that are live at once on one model: every token of a step gets the change of its own row's adapter.
+
+All low-rank factors of a layer lie side by side, so that a step takes two more products per layer however many adapters
+there are: x·Aᵀ for all ranks, those of other rows' adapters set to 0, and the result times B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from calpaca.core.adapters import Adapter, check_adapters
+from calpaca.core.engines.decoder import Decoder, Part
+from calpaca.core.engines.step import Step
+from calpaca.core.errors import AdapterError, UnsupportedError, unknown_name
+from calpaca.core.merge.arithmetic import scaling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+BASE = 0
+"""The number of a row without an adapter."""
+
+_PER_ROW = {
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "init_lora_weights",
+}  # fmt: skip
+_WITHOUT_EFFECT = {  # on what is computed: where it came from, and how it was trained
+    "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode",
+    "lora_dropout", "runtime_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "ensure_weight_tying",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An adapter's change of one part of a layer: A [r, in], and B [out, r] with the scaling in it."""
+
+    adapter: int
+    part: Part
+    a: Tensor
+    b: Tensor
+
+
+class Selection:
+    """Which adapter each token of the step under way has: `numbers` [tokens, 1], None when none has one."""
+
+    numbers: Tensor | None = None
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer with low-rank changes for some rows."""
+
+    def __init__(self, layer: Any, selection: Selection) -> None:
+        super().__init__()
+        self.layer = layer
+        self._selection = selection
+        self.factors: list[Factors] = []
+
+    def arrange(self, width: int, like: Tensor) -> None:
+        """Lay the factors out for outputs of `width`, in the dtype and on the device of `like`."""
+        owners = [factors.adapter for factors in self.factors for _ in factors.a]
+        self._owners = torch.tensor(owners, device=like.device)
+        self._a = torch.cat([factors.a for factors in self.factors]).to(like).T.contiguous()
+        self._b = torch.zeros(len(self._owners), width).to(like)
+        begin = 0
+        for factors in self.factors:
+            end = begin + len(factors.a)
+            self._b[begin:end, factors.part.begin : factors.part.end] = factors.b.T.to(like)
+            begin = end
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[…, tokens, in] → […, tokens, out]"""
+        output: Tensor = self.layer(inputs)
+        if self._selection.numbers is None:
+            return output
+        return output + ((inputs @ self._a) * (self._selection.numbers == self._owners)) @ self._b
+
+
+@dataclass
+class LiveAdapters:
+    """The adapters on a decoder. `load`, `remove_unused` and `select` are for the thread that runs it."""
+
+    decoder: Decoder
+    like: Tensor
+    shapes: Mapping[str, tuple[int, ...]]
+    tokenizer_size: int
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._selection = Selection()
+        self._layers: dict[tuple[int, str], AdaptedLinear] = {}
+        self._loaded: set[int] = set()
+        self._next = count(BASE + 1)
+
+    def number(self, name: str | None) -> int:
+        """The number of an adapter by name. Raises AdapterError for one that is not loaded."""
+        if name is None:
+            return BASE
+        if name not in self.numbers:
+            raise AdapterError(*unknown_name("adapter", name, self.numbers))
+        return self.numbers[name]
+
+    def read(self, adapter: Adapter) -> list[Factors]:
+        """An adapter's factors. Raises AdapterError for another base's, UnsupportedError for what cannot run per row."""
+        _check_features(adapter)
+        check_adapters([adapter], self.shapes, self.tokenizer_size)
+        number = next(self._next)
+        return [
+            Factors(
+                number,
+                part,
+                adapter.read(module + _A).float(),
+                adapter.read(module + _B).float() * (adapter.files.scale * scaling(adapter.config, module)),
+            )
+            for module, part in self._parts(adapter)
+        ]
+
+    def load(self, name: str, factors: Sequence[Factors]) -> None:
+        """Put an adapter on the layers. One of the same name stays for the rows that run with it."""
+        widths = {}
+        for own in factors:
+            layer = self._layer(own.part)
+            layer.factors.append(own)
+            widths[layer] = own.part.width
+        for layer, width in widths.items():
+            layer.arrange(width, self.like)
+        self.numbers[name] = factors[0].adapter
+        self._loaded.add(factors[0].adapter)
+
+    def _layer(self, part: Part) -> AdaptedLinear:
+        """The layer that can change a part, put in its place at the first time."""
+        key = id(part.holder), part.attribute
+        if key not in self._layers:
+            self._layers[key] = AdaptedLinear(getattr(part.holder, part.attribute), self._selection)
+            setattr(part.holder, part.attribute, self._layers[key])
+        return self._layers[key]
+
+    def forget(self, name: str) -> None:
+        """Take no more requests for an adapter. Raises AdapterError for one that is not loaded."""
+        self.number(name)
+        del self.numbers[name]
+
+    def remove_unused(self, running: set[int]) -> None:
+        """Take those adapters off that have no name any more, and no row of those `running`."""
+        needed = running | set(self.numbers.values())
+        for number in self._loaded - needed:
+            self._loaded.discard(number)
+            self._remove(number)
+
+    def _remove(self, number: int) -> None:
+        for (_, attribute), layer in list(self._layers.items()):
+            kept = [factors for factors in layer.factors if factors.adapter != number]
+            part = layer.factors[0].part
+            if not kept:
+                setattr(part.holder, attribute, layer.layer)
+                del self._layers[id(part.holder), attribute]
+            elif len(kept) < len(layer.factors):
+                layer.factors = kept
+                layer.arrange(part.width, self.like)
+
+    def select(self, step: Step) -> None:
+        """Say which adapter each token of a step has."""
+        numbers = [span.row.adapter for span in step.spans for _ in span.tokens]
+        self._selection.numbers = torch.tensor(numbers, device=self.like.device)[:, None] if any(numbers) else None
+
+    def _parts(self, adapter: Adapter) -> Iterator[tuple[str, Part]]:
+        """The modules that an adapter changes, and where they are."""
+        for name in adapter.shapes:
+            if name.endswith(_A):
+                module = name.removesuffix(_A)
+                part = self.decoder.part(module)
+                if part is None:
+                    raise _cannot(adapter, f"changes {module}")
+                yield module, part
+
+
+def _check_features(adapter: Adapter) -> None:
+    """Raise UnsupportedError for what is more than products added to linear layers, by its name."""
+    config = {key: value for key, value in adapter.config.items() if (key, value) != ("bias", "none")}
+    settings = [key for key, value in config.items() if value and key not in _PER_ROW | _WITHOUT_EFFECT]
+    if settings:
+        raise _cannot(adapter, f"uses {', '.join(settings)}")
+    others = [name for name in adapter.shapes if not name.endswith((_A, _B))]
+    if others:
+        raise _cannot(adapter, f"holds {others[0]}")
+
+
+def _cannot(adapter: Adapter, what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"Adapter {adapter.files.name} {what}, which cannot run beside other adapters on one model.",
+        "Merge it with `calpaca models merge`, or load the model with --adapter.",
+    )
