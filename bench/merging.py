@@ -11,6 +11,7 @@ loads the whole model.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -23,13 +24,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from calpaca.core.checkpoint.manifest import Lineage
-from calpaca.core.checkpoint.plan import ModelPlan, PlannedTensor, computed, hugging_face_files
-from calpaca.core.checkpoint.write import write_model
-from calpaca.core.jobs import Ledger
+    from calpaca.core.checkpoint.plan import PlannedTensor
 
 RANK = 64
 ADDED = 17_954  # tokens that the adapter brings: 32,000 become 49,954, as in Chinese-Alpaca
@@ -37,17 +37,27 @@ SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
 }
-_NOISE = torch.randn(50_000_000, generator=torch.Generator().manual_seed(0)) * 0.02
 
 
-def noise(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+# What is merged, made in a process of its own: a process inherits its parent's peak of memory ---------------------------
+@functools.cache
+def block() -> torch.Tensor:
+    import torch
+
+    return torch.randn(50_000_000, generator=torch.Generator().manual_seed(0)) * 0.02
+
+
+def noise(*shape: int, dtype: str = "bfloat16") -> torch.Tensor:
     """Random values of this shape: one block of noise, repeated from a place that the shape gives."""
+    import torch
+
     count = 1
     for length in shape:
         count *= length
     start = count % 9973
-    repeated = _NOISE.repeat(-(-(start + count) // len(_NOISE))) if start + count > len(_NOISE) else _NOISE
-    return repeated[start : start + count].reshape(shape).to(dtype)
+    times = -(-(start + count) // len(block()))
+    repeated = block().repeat(times) if times > 1 else block()
+    return repeated[start : start + count].reshape(shape).to(getattr(torch, dtype))
 
 
 def linear_layers(shape: dict[str, int]) -> dict[str, tuple[int, int]]:
@@ -61,7 +71,12 @@ def linear_layers(shape: dict[str, int]) -> dict[str, tuple[int, int]]:
     }
 
 
-def make_base(folder: Path, shape: dict[str, int], jobs: Ledger) -> None:
+def make_base(folder: Path, shape: dict[str, int], jobs: Path) -> None:
+    from calpaca.core.checkpoint.manifest import Lineage
+    from calpaca.core.checkpoint.plan import ModelPlan, hugging_face_files
+    from calpaca.core.checkpoint.write import write_model
+    from calpaca.core.jobs import Ledger
+
     hidden = shape["hidden_size"]
     sizes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (32_000, hidden),
@@ -78,10 +93,12 @@ def make_base(folder: Path, shape: dict[str, int], jobs: Ledger) -> None:
     plan = ModelPlan(
         hugging_face_files(tensors), lambda: Lineage("bench", ()), (), {}, {"config.json": json.dumps(config).encode()}
     )
-    write_model(plan, folder, jobs)
+    write_model(plan, folder, Ledger(jobs))
 
 
 def planned(name: str, size: tuple[int, ...]) -> PlannedTensor:
+    from calpaca.core.checkpoint.plan import computed
+
     return computed(name, "BF16", size, lambda: noise(*size), origin="noise")
 
 
@@ -89,18 +106,25 @@ def make_adapter(folder: Path, shape: dict[str, int]) -> None:
     from safetensors.torch import save_file
 
     tensors = {
-        f"base_model.model.{name}.weight": noise(32_000 + ADDED, shape["hidden_size"], dtype=torch.float16)
+        f"base_model.model.{name}.weight": noise(32_000 + ADDED, shape["hidden_size"], dtype="float16")
         for name in ("model.embed_tokens", "lm_head")
     }
     for name, (rows, columns) in linear_layers(shape).items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = noise(RANK, columns, dtype=torch.float16)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = noise(rows, RANK, dtype=torch.float16)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = noise(RANK, columns, dtype="float16")
+        tensors[f"base_model.model.{name}.lora_B.weight"] = noise(rows, RANK, dtype="float16")
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     targets = sorted({name.rpartition(".")[2] for name in linear_layers(shape)})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 128, "target_modules": targets,
               "modules_to_save": ["embed_tokens", "lm_head"], "base_model_name_or_path": "base"}  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def make(shape: dict[str, int], base: Path, adapter: Path, temporary: Path) -> None:
+    if not base.is_dir():
+        make_base(base, shape, temporary / "jobs.sqlite")
+    if not adapter.is_dir():
+        make_adapter(adapter, shape)
 
 
 # The ways, each run in a process of its own ---------------------------------------------------------------------------
@@ -118,6 +142,7 @@ def merge(base: Path, adapter: Path, output: Path) -> None:
 
 
 def merge_with_peft(base: Path, adapter: Path, output: Path) -> None:
+    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -161,6 +186,9 @@ def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2], *map(Path, sys.argv[3:6]))
         return
+    if sys.argv[1:2] == ["--make"]:
+        make(SHAPES[sys.argv[2]], *map(Path, sys.argv[3:6]))
+        return
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--rounds", type=int, default=3)
@@ -170,10 +198,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         kept = options.folder or Path(temporary)
         base, adapter = kept / f"base-{options.shape}", kept / f"adapter-{options.shape}"
-        if not base.is_dir():
-            make_base(base, SHAPES[options.shape], Ledger(Path(temporary) / "jobs.sqlite"))
-        if not adapter.is_dir():
-            make_adapter(adapter, SHAPES[options.shape])
+        subprocess.run([sys.executable, __file__, "--make", options.shape, base, adapter, temporary], check=True)
         ways = ["cp + sha256", "calpaca", *["peft"] * options.peft]
         results = list(interleaved(ways, options.rounds, (base, adapter, Path(temporary) / "output")))
     medians = {way: statistics.median(seconds for each, seconds, _ in results if each == way) for way in ways}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from calpaca.core.convert.tokenizer_files import (
     TokenizerFiles,
     find_tokenizer,
     original_tokenizer,
+    template_digest,
 )
 from calpaca.core.errors import ModelError, ModelNotFoundError, UsageError
 from calpaca.core.fingerprint import model_files
@@ -278,24 +278,9 @@ def _lineage(source: Source, texts: Mapping[str, bytes | Path], settings: Mappin
         operation="convert",
         inputs=(input_of("base", source.path.name, source.path),),
         settings=settings,
-        template=_template_digest(texts),
+        template=template_digest(texts),
         versions=versions(),
     )
-
-
-def _template_digest(texts: Mapping[str, bytes | Path]) -> str | None:
-    """sha256 of the chat template, if the tokenizer brings one."""
-    template: Any = texts.get("chat_template.jinja")
-    if template is None and "tokenizer_config.json" in texts:
-        template = json.loads(_content(texts["tokenizer_config.json"])).get("chat_template")
-    if template is None:
-        return None
-    data = _content(template) if isinstance(template, bytes | Path) else str(template).encode()
-    return hashlib.sha256(data).hexdigest()
-
-
-def _content(text: bytes | Path) -> bytes:
-    return text if isinstance(text, bytes) else text.read_bytes()
 
 
 def _inputs(source: Source) -> tuple[Path, ...]:

@@ -6,6 +6,7 @@ compared with the source before anything is given out.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -108,3 +109,25 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     return read_object(file) if file.is_file() else {}
+
+
+def template_digest(texts: Mapping[str, bytes | Path]) -> str | None:
+    """sha256 of the chat template among a model's small files, by name; None where there is none."""
+    template: Any = texts.get("chat_template.jinja")
+    if template is None and "tokenizer_config.json" in texts:
+        template = json.loads(_content(texts["tokenizer_config.json"])).get("chat_template")
+    if template is None:
+        return None
+    named = not isinstance(template, str | bytes | Path)  # a list of several templates
+    data = (
+        json.dumps(template).encode()
+        if named
+        else template.encode()
+        if isinstance(template, str)
+        else _content(template)
+    )
+    return hashlib.sha256(data).hexdigest()
+
+
+def _content(text: bytes | Path) -> bytes:
+    return text if isinstance(text, bytes) else text.read_bytes()

@@ -25,7 +25,7 @@ from calpaca.core.checkpoint.plan import (
 from calpaca.core.checkpoint.write import Command, write_model
 from calpaca.core.convert.parts import pth_files, pth_params
 from calpaca.core.convert.source import PARAMS
-from calpaca.core.convert.tokenizer_files import TokenizerFiles
+from calpaca.core.convert.tokenizer_files import TokenizerFiles, template_digest
 from calpaca.core.errors import CalpacaError, UsageError
 from calpaca.core.files import ModelFiles
 from calpaca.core.merge.ahead import a_core_for_hashing, look_ahead
@@ -34,7 +34,7 @@ from calpaca.core.merge.changes import Scratch
 from calpaca.core.merge.checks import Findings, check_effects, check_place
 from calpaca.core.merge.order import check_vocabulary_order, input_of_adapter, lineage_problems
 from calpaca.core.merge.recipe import Accumulate, Recipe, check_rows, stages
-from calpaca.core.merge.texts import merged_config, merged_tokenizer, small_files, template_digest
+from calpaca.core.merge.texts import merged_config, merged_tokenizer, small_files
 
 if TYPE_CHECKING:
     from calpaca.core.jobs import Ledger

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -64,24 +63,6 @@ def _main_dtype(made: Mapping[str, Recipe]) -> str:
     for recipe in made.values():
         elements[recipe.dtype] += prod(recipe.shape)
     return NAMES[elements.most_common(1)[0][0]]
-
-
-def template_digest(texts: Mapping[str, bytes | Path]) -> str | None:
-    """sha256 of the chat template among the files, None where there is none."""
-    template: Any = texts.get(_TEMPLATE)
-    if template is None and "tokenizer_config.json" in texts:
-        template = json.loads(_content(texts["tokenizer_config.json"])).get("chat_template")
-    if template is None:
-        return None
-    return hashlib.sha256(_content(template) if isinstance(template, bytes | Path) else _text(template)).hexdigest()
-
-
-def _text(template: Any) -> bytes:
-    return template.encode() if isinstance(template, str) else json.dumps(template).encode()
-
-
-def _content(text: bytes | Path) -> bytes:
-    return text if isinstance(text, bytes) else text.read_bytes()
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
