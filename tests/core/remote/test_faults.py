@@ -192,6 +192,19 @@ def test_a_whole_answer_in_odd_bytes_is_read(server, connect) -> None:
     assert (answer.text, answer.usage.total_tokens, answer.usage.estimated) == ("🦙 \u2028", 5, False)
 
 
+def test_stop_texts_are_looked_for_here_where_the_server_loses_text_over_them(server, connect) -> None:
+    """llama.cpp drops what it held back for a stop text when the answer ends by its length."""
+    engine = connect(server, server="llama_cpp")
+    pieces = [data(text=text) for text in ("One, tw", "o, thr", "ee")]
+    server.script.append(streaming(*pieces, data(text="", finish_reason="length"), b"data: [DONE]\n\n"))
+    answer = engine.submit(Request((1, 2), Sampling(max_new_tokens=40, stop=("reef",)))).result(5)
+    assert (answer.text, answer.finish_reason, answer.stop) == ("One, two, three", "length", None)
+    server.script.append(streaming(*pieces, data(text=" more"), then="hang"))
+    answer = engine.submit(Request((1, 2), Sampling(max_new_tokens=40, stop=("two",)))).result(5)
+    assert (answer.text, answer.finish_reason, answer.stop) == ("One, ", "stop", "two")
+    assert "stop" not in server.bodies()[-1]
+
+
 def test_a_connection_is_used_again(server, connect) -> None:
     engine = connect(server)
     ports = []

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from calpaca.core.detokenizer import StopScanner
 from calpaca.core.engine import Chunk, FinishReason, TokenLogprob, Usage
 from calpaca.core.errors import ModelError
 
@@ -15,14 +16,19 @@ _FINISHED: Mapping[str, FinishReason] = {"stop": "stop", "eos": "stop", "stop_se
 
 
 class AnswerReader:
-    """Reads the events of one answer of the server at `where`. `tops` is how many alternatives to a token are wanted."""
+    """Reads the events of one answer of the server at `where`.
 
-    def __init__(self, where: str, tops: int = 0) -> None:
+    `tops` is how many alternatives to a token are wanted; `stops` are stop texts that the server does not know of: the
+    answer is complete when one of them comes, whatever the server sends after it.
+    """
+
+    def __init__(self, where: str, tops: int = 0, stops: tuple[str, ...] = ()) -> None:
         self.finish: FinishReason | None = None
         self.stop: str | None = None
         self.text = ""
         self._where = where
         self._tops = tops
+        self._scanner = StopScanner(stops)
         self._usage: Usage | None = None
         self._tokens = 0
 
@@ -73,9 +79,14 @@ class AnswerReader:
             )
         elif not ids:
             ids = tuple(each.token_id for each in logprobs if each.token_id >= 0)
-        self._end(choice)
-        self.text += text
         self._tokens += len(ids) or bool(text)
+        text = self._scanner.add(text)
+        self._end(choice)
+        if self._scanner.matched is not None:
+            self.finish, self.stop = "stop", self._scanner.matched
+        elif self.finish is not None:
+            text += self._scanner.finish()
+        self.text += text
         return Chunk(text, ids, logprobs) if text or ids else None
 
     def _end(self, choice: dict[str, Any]) -> None:
@@ -89,6 +100,11 @@ class AnswerReader:
         self.finish = _FINISHED[reason]
         ended_by = choice.get("stop_reason")
         self.stop = ended_by if isinstance(ended_by, str) else None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text that the server does not know of has come."""
+        return self._scanner.matched is not None
 
     def usage(self, prompt_estimate: int) -> Usage:
         """What the server counted; else one token for each piece, marked as estimated."""

@@ -14,6 +14,8 @@ from calpaca.core.engines.remote.estimate import plain_messages
 from calpaca.core.errors import UnsupportedError, UsageError
 
 _JSON_ONLY = frozenset({"json_schema"})
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""White space as models were trained on it; a small one loses itself in more. Only llguidance reads it."""
 _EXTRAS = frozenset({"top_k", "repetition_penalty"})
 
 
@@ -24,7 +26,8 @@ class Dialect:
     `owners` are what its list of models names as their owner. `names` maps fields of `Sampling` to its own; `fixed` is
     sent with every request, and switches off what the server would otherwise do unasked. `most_stops` None: any number.
     `tokenizes`: it turns text into token ids and back, and takes ids as a prompt. `regex`: it knows `structured_outputs`.
-    `schema_field` is what a JSON schema is called in a completion, None: as in a chat.
+    `schema_field` is what a JSON schema is called in a completion, None: as in a chat. `stops_here`: stop texts are
+    looked for on this side, because the server loses text over them.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Dialect:
     max_logprobs: int = 20
     most_stops: int | None = None
     names_stops: bool = False
+    stops_here: bool = False
     tokenizes: bool = False
     regex: bool = False
     schema_field: str | None = None
@@ -67,6 +71,9 @@ DIALECTS: Mapping[str, Dialect] = {
         frozenset({"llamacpp"}),
         names={"top_k": "top_k", "repetition_penalty": "repeat_penalty"},
         fixed={"min_p": 0.0, "repeat_last_n": 1 << 16},  # else it looks back 64 tokens
+        # It drops what it held back for a stop text when the answer ends for another reason.
+        names_stops=True,
+        stops_here=True,
         tokenizes=True,
         schema_field="json_schema",
     ),
@@ -103,7 +110,7 @@ def write_request(
     }
     if sampling.seed is not None:
         body["seed"] = sampling.seed
-    if sampling.stop:
+    if sampling.stop and not dialect.stops_here:
         body["stop"] = list(sampling.stop)
     is_chat = request.conversation is not None
     if request.grammar is not None:
@@ -128,7 +135,7 @@ def _grammar(grammar: Grammar, dialect: Dialect, *, is_chat: bool) -> dict[str, 
         raise UsageError("A JSON schema must be a mapping.", "Parse the text first.")
     schema = dict(grammar.value)
     if dialect.schema_field is not None and not is_chat:
-        return {dialect.schema_field: schema}
+        return {dialect.schema_field: {"x-guidance": _JSON_STYLE, **schema}}
     named = {"name": "answer", "schema": schema, "strict": True}
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 

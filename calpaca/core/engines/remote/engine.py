@@ -207,7 +207,8 @@ class RemoteEngine:
             self._check_length(len(request.prompt), wanted or 1)
         if self._closed:
             raise ModelError("The engine is closed.", "Load the model again.")
-        reader = AnswerReader(self._where(), request.sampling.logprobs or 0)
+        stops = request.sampling.stop if self._dialect.stops_here else ()
+        reader = AnswerReader(self._where(), request.sampling.logprobs or 0, stops)
         work: Exchange = Exchange(request, path, body, Handle(lambda: self._loop.post(work.cancel)), reader)
         self._loop.post(lambda: self._start(work))
         return work.handle

@@ -133,6 +133,8 @@ class Exchange:
                 if chunk is not None:
                     self.first = self.first or time.perf_counter()
                     self.handle.put(chunk)
+                if self.reader.stopped:
+                    return
 
     def _check_grammar(self) -> None:
         """A server that does not know a field ignores it in silence; a text that breaks its grammar shows that."""
