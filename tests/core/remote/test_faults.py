@@ -382,8 +382,29 @@ def test_closing_ends_what_runs(serving, connect) -> None:
     engine.close()
     engine.close()
     assert {handle.result(1).finish_reason for handle in handles} == {"cancelled"}
-    with pytest.raises(ModelError, match="closed"):
-        engine.submit(ASK)
+    for call in (lambda: engine.submit(ASK), lambda: engine.encode("a")):
+        with pytest.raises(ModelError, match="closed"):
+            call()
+
+
+def test_requests_that_race_with_closing_end_all_the_same(serving, connect) -> None:
+    engine = connect(serving(FakeEngine(["word " * 50], delay=0.01)))
+    handles = []
+
+    def submit() -> None:
+        try:
+            for _ in range(500):
+                handles.append(engine.submit(Request("a", Sampling(max_new_tokens=500))))
+        except ModelError:
+            pass
+
+    threads = [threading.Thread(target=submit) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    engine.close()
+    for thread in threads:
+        thread.join()
+    assert {handle.result(5).finish_reason for handle in handles} <= {"cancelled"}
 
 
 def test_many_requests_at_once_go_through(serving, connect) -> None:

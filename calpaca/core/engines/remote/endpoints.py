@@ -79,7 +79,3 @@ class Endpoints:
             else:
                 endpoint.failures += 1
                 await asyncio.sleep(backoff(endpoint.failures))
-
-    def close(self) -> None:
-        for watch in self._watches:
-            watch.cancel()

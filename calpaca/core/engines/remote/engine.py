@@ -11,6 +11,7 @@ import atexit
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -88,6 +89,7 @@ class RemoteEngine:
         self._settings = settings
         self._secret = api_key
         self._closed = False
+        self._lock = threading.Lock()  # nothing is submitted while the loop goes down
         self._loop = LoopThread("calpaca-remote")
         try:
             self._loop.wait(self._open(addresses, model))
@@ -185,6 +187,7 @@ class RemoteEngine:
         return self._loop.wait(self._tokenizer.count(self._tokenizing_address(), conversation))
 
     def _tokenizing_address(self) -> Address:
+        self._check_open()
         if not self._dialect.tokenizes:
             raise UnsupportedError(
                 f"The server gives no token ids: its kind is '{self._dialect.name}'.",
@@ -205,13 +208,17 @@ class RemoteEngine:
         path, body = write_request(request, self._model, self._dialect, wanted or DEFAULT_NEW_TOKENS)
         if not isinstance(request.prompt, str):
             self._check_length(len(request.prompt), wanted or 1)
-        if self._closed:
-            raise ModelError("The engine is closed.", "Load the model again.")
         stops = request.sampling.stop if self._dialect.stops_here else ()
         reader = AnswerReader(self._where(), request.sampling.logprobs or 0, stops)
         work: Exchange = Exchange(request, path, body, Handle(lambda: self._loop.post(work.cancel)), reader)
-        self._loop.post(lambda: self._start(work))
+        with self._lock:
+            self._check_open()
+            self._loop.post(lambda: self._start(work))
         return work.handle
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ModelError("The engine is closed.", "Load the model again.")
 
     def _where(self) -> str:
         return " or ".join(endpoint.address.shown for endpoint in self._endpoints.all)
@@ -259,9 +266,10 @@ class RemoteEngine:
         work.body["max_tokens"] = wanted or min(DEFAULT_NEW_TOKENS, length - tokens)
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
         self._loop.cancel_all()
         with suppress(AttributeError):  # it may have failed before there was a client
             self._loop.wait(self._client.aclose())
