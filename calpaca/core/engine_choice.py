@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from calpaca.core.errors import UsageError
+from calpaca.core.machine import processor_name
 from calpaca.core.paths import atomic_file, data_dir
 
 if TYPE_CHECKING:
@@ -54,17 +53,9 @@ class Measurement:
 
 
 def machine() -> str:
-    """The processor and how many of it this process may use: measurements hold for that."""
+    """The processor and how many of its cores this process may use: measurements hold for that."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor()}, {cores} cores"
-
-
-def _processor() -> str:
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
-    except OSError:
-        match = None
-    return match[1] if match else platform.processor() or platform.machine()
+    return f"{processor_name()}, {cores} cores"
 
 
 def _file() -> Path:
