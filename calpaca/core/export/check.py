@@ -6,13 +6,15 @@ import gc
 import random
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calpaca.core.checkpoint.dtypes import to_torch
+from calpaca.core.checkpoint.plan import PlannedTensor
 from calpaca.core.compare.comparison import PROMPTS, TOLERANCES
 from calpaca.core.errors import ModelError
 from calpaca.core.export.gguf_architecture import GgufArchitecture
@@ -27,7 +29,7 @@ from calpaca.core.golden import render_golden
 from calpaca.core.pre_tokenizers import PRE_TOKENIZERS
 from calpaca.core.template import ChatTemplate, choose_template
 from calpaca.core.tokenizer import Tokenizer, load_tokenizer
-from calpaca.core.weights import free_memory, load_weights, quiet_transformers
+from calpaca.core.weights import free_memory, quiet_transformers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +38,7 @@ _PROBES, _TOKENS_OF_A_PROBE = 300, 30
 _MOST_TOKENS = 64  # of a prompt whose logits are compared
 _COPIES = 3  # of the weights in float32, while transformers reads a GGUF file
 _TINY = 2.0**-17  # a scale below float16's smallest step moves a number by no more than this
-_TEXTS = (
+TEXTS = (
     "", " ", "  two  spaces ", "line\n\nline\r\n\ttab\n", "1234567890 3.14159 2016年02月29日", "你好，世界！ 您好　全角",
     "羊驼是一种生活在南美洲的动物。", "🦙🏔️ 👩‍👩‍👧‍👦 𠮷 ﷺ", "naïve façade — “q”…", "def f(x):\n    return {'a': x<=1}  # ok\n\n\n",
     "HTTPServer2 it's WE'LL they'd", "a" * 50, "한국어 日本語 русский عربى", "<b>&amp;</b> {{x}} [INST] <<SYS>>", "\t\t x\u00a0y\u200bz",
@@ -154,7 +156,11 @@ def check_vocabulary(
     for text in texts:
         expected, found = (each.encode(text, special_tokens=True) for each in (tokenizer, rebuilt))
         if found != expected:
-            raise failed(f"its vocabulary gives {found[:12]} for {text[:60]!r}, the tokenizer gives {expected[:12]}")
+            raise ModelError(
+                f"llama.cpp would give a text other token ids: {found[:12]} for {text[:60]!r}, the tokenizer gives"
+                f" {expected[:12]}.",
+                "A GGUF file cannot say what this tokenizer does; use the model's Hugging Face folder.",
+            )
     return len(texts)
 
 
@@ -169,7 +175,7 @@ def _texts(vocabulary: Vocabulary, tokenizer: Tokenizer, template: ChatTemplate 
     normal = [index for index, kind in enumerate(vocabulary.types) if kind == NORMAL]
     chance = random.Random(0)  # noqa: S311  # no secret
     mixed = (tokenizer.decode(chance.choices(normal, k=_TOKENS_OF_A_PROBE)) for _ in range(_PROBES))
-    for text in (*_TEXTS, *chats, *special, *mixed):
+    for text in (*TEXTS, *chats, *special, *mixed):
         yield unicodedata.normalize("NFC", text) if vocabulary.composes else text
 
 
@@ -187,13 +193,11 @@ def check_logits(file: Path, source: Source, architecture: GgufArchitecture, kin
         return {
             "reason": f"logits were not compared: that takes {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} are free"
         }
-    spec = source.files.spec.model_copy(update={"dtype": "float32", "device": "cpu", "quantization": None})
-    loaded = load_weights(replace(source.files, spec=spec))
-    prompts = [loaded.tokenizer.encode(prompt, special_tokens=True)[:_MOST_TOKENS] for prompt in PROMPTS]
-    expected = _logits(loaded.model, prompts)
-    del loaded
+    tokenizer = load_tokenizer(source.tokenizer)
+    prompts = [tokenizer.encode(prompt, special_tokens=True)[:_MOST_TOKENS] for prompt in PROMPTS]
+    expected = _logits(_built(source), prompts)
     gc.collect()
-    found = _logits(_load(file, architecture), prompts)
+    found = _logits(_load(file, source, architecture), prompts)
     gc.collect()
     relative = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)) / max(
         float(each.abs().max()) for each in expected
@@ -205,8 +209,28 @@ def check_logits(file: Path, source: Source, architecture: GgufArchitecture, kin
     return {"relative": relative, "agreement": agreeing / sum(map(len, prompts))}
 
 
-def _load(file: Path, architecture: GgufArchitecture) -> Any:
-    """The model as transformers reads it from the file. It does not know Llama 3's factors nor other stretchings."""
+def _built(source: Source) -> Any:
+    """The model in float32, of the tensors that were exported. Not of base and adapters side by side: what several
+    adapters compute together is not always what they do when they are merged one after the other."""
+    import torch
+    import transformers
+
+    state = {name: _tensor(tensor) for name, tensor in source.tensors.items()}
+    config = transformers.AutoConfig.for_model(**source.config)
+    kind = getattr(transformers, (source.config.get("architectures") or ["AutoModelForCausalLM"])[0])
+    with quiet_transformers():
+        return kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
+
+
+def _tensor(planned: PlannedTensor) -> Tensor:
+    import torch
+
+    data = torch.frombuffer(bytearray().join(planned.chunks()), dtype=to_torch(planned.dtype))
+    return data.reshape(planned.shape).float()
+
+
+def _load(file: Path, source: Source, architecture: GgufArchitecture) -> Any:
+    """The model as transformers reads it from the file. It is told what it does not look for there: biases, stretchings."""
     import torch
     import transformers
 
@@ -215,6 +239,9 @@ def _load(file: Path, architecture: GgufArchitecture) -> Any:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with quiet_transformers(), without_bars():
         config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        for flag in ("attention_bias", "mlp_bias"):
+            if flag in source.config:
+                setattr(config, flag, source.config[flag])
         if architecture.rope.kind != "default":
             config.rope_parameters = {**architecture.rope.stated, "rope_theta": config.rope_parameters["rope_theta"]}
         return transformers.AutoModelForCausalLM.from_pretrained(file.parent, config=config, **options).eval()

@@ -33,6 +33,7 @@ from calpaca.core.export.llama_quantize import copied_file, find_quantizer, quan
 from calpaca.core.export.modelfile import MODELFILE, modelfile
 from calpaca.core.export.source import Source, read_source
 from calpaca.core.files import ModelFiles
+from calpaca.core.lock import exclusive
 from calpaca.core.template import ChatTemplate
 from calpaca.core.tokenizer import Tokenizer, load_tokenizer
 
@@ -132,7 +133,11 @@ def _export_quantized(
     _tell(half)
     name = f"model-{options.type}.gguf"
     checked = _Checked()
-    with TemporaryDirectory(prefix=f".{output.name}.", suffix=".part", dir=output.absolute().parent) as temporary:
+    halfway = output.with_name(f"{output.name}-f16")
+    with (
+        exclusive(halfway),  # it also removes what a killed run left
+        TemporaryDirectory(prefix=f".{halfway.name}.", suffix=".part", dir=output.absolute().parent) as temporary,
+    ):
         whole, small = Path(temporary) / "f16", Path(temporary) / name
         write_model(half.model, whole, jobs)
         quantize(program, whole / half.file_name, small, options.type)

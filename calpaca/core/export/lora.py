@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calpaca.core.adapters import Adapter, check_adapters, with_head
+from calpaca.core.adapters import HEAD, Adapter, check_adapters, with_head
 from calpaca.core.checkpoint.dtypes import code_of
 from calpaca.core.checkpoint.lineage import input_of, versions
 from calpaca.core.checkpoint.manifest import Lineage, Manifest
@@ -119,7 +119,7 @@ def plan_lora(files: ModelFiles, base_name: str, kind: str = "f32") -> LoraExpor
     if kind not in TYPES:
         raise UnsupportedError(f"An adapter cannot be of type {kind}.", f"Take one of {', '.join(TYPES)}.")
     adapter, base = Adapter(files.adapters[0]), read_base(files.weights)
-    _check_expressible(adapter, files)
+    _check_expressible(adapter, base, files)
     architecture = read_architecture(base.text_config, files.name, tied=base.tied)
     shapes = {name: stored.shape for name, stored in base.tensors.items()}
     check_adapters([adapter], shapes, 0)
@@ -133,7 +133,7 @@ def plan_lora(files: ModelFiles, base_name: str, kind: str = "f32") -> LoraExpor
     return _planned(files, adapter, factors, architecture=architecture.name, alpha=alpha, base_name=base_name)
 
 
-def _check_expressible(adapter: Adapter, files: ModelFiles) -> None:
+def _check_expressible(adapter: Adapter, base: BaseModel, files: ModelFiles) -> None:
     """Whatever is more than two factors for each module."""
     config = adapter.config
     more = [
@@ -146,13 +146,24 @@ def _check_expressible(adapter: Adapter, files: ModelFiles) -> None:
         )
         if config.get(key)
     ]
-    more += [] if more else [f"whole tensors ({name})" for name in list(adapter.replaced)[:1]]
+    more += (
+        [] if more else [f"whole tensors ({name})" for name in adapter.replaced if not _is_bases(name, adapter, base)]
+    )
     if more:
         raise UnsupportedError(
             f"Adapter {adapter.files.name} trains {', '.join(more)}, which a GGUF adapter cannot carry.",
             "Merge it instead: calpaca models export"
             f" {files.weights} --adapter {adapter.files.path} --format gguf --output DIR",
         )
+
+
+def _is_bases(name: str, adapter: Adapter, base: BaseModel) -> bool:
+    """Whether a whole tensor is only a copy of the base's: PEFT saves those of embeddings that have factors."""
+    own = base.embedding if name not in base.tensors and name == HEAD else name
+    if own is None or own not in base.tensors or base.tensors[own].shape != adapter.shapes[name]:
+        return False
+    copy = adapter.read(name)
+    return bool((copy == base.checkpoint.read(own).to(copy.dtype)).all())
 
 
 def _low_rank_changes(changes: Mapping[str, Sequence[Change]], adapter: Adapter, base: BaseModel) -> dict[str, LowRank]:
