@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 from calpaca import __version__
 from calpaca.plugins import catalogue
-from calpaca.plugins.catalogue import known_plugins, plugin_offering
+from calpaca.plugins.catalogue import known_plugins, plugin_offering, plugin_with_command
 
 ROOT = Path(__file__).parents[1]
 CORE = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -40,10 +40,20 @@ def test_the_catalogue_agrees_with_every_plugins_project_file() -> None:
 
 @pytest.mark.parametrize("plugin", known_plugins(), ids=lambda plugin: plugin.name)
 def test_the_catalogue_lists_the_apps_that_the_plugin_registers(plugin) -> None:
-    offered = [app.name for app in import_module(plugin.entry_point).register_apps()]
+    offered = [app.name for app in getattr(import_module(plugin.entry_point), "register_apps", list)()]
     assert sorted(plugin.apps) == sorted(offered)
     for app in plugin.apps:
         assert plugin_offering(app) == plugin
+
+
+def test_the_catalogue_lists_the_commands_that_the_plugins_add() -> None:
+    for folder in plugin_projects():
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        for command in project["entry-points"].get("calpaca.commands", {}):
+            plugin = plugin_with_command(command)
+            assert plugin is not None
+            assert plugin.distribution == project["name"]
+    assert plugin_with_command("nothing") is None
 
 
 def test_an_app_that_no_first_party_plugin_brings_is_not_in_the_catalogue() -> None:
@@ -144,9 +154,11 @@ def test_the_core_alone_is_light_and_says_what_to_install(environment) -> None:
     assert environment.run("--help").returncode == 0
     assert environment.run("models", "list").returncode == 0
     assert environment.run("plugins", "--check").returncode == 0
-    missing = environment.run("run", known_plugins()[0].apps[0])
-    assert missing.returncode == 2
-    assert f"pip install {known_plugins()[0].distribution}" in missing.stderr
+    for plugin in known_plugins():
+        for arguments in (*(("run", app) for app in plugin.apps), *((command,) for command in plugin.commands)):
+            missing = environment.run(*arguments)
+            assert missing.returncode == 2
+            assert f"pip install {plugin.distribution}" in missing.stderr
 
 
 @pytest.mark.slow
@@ -160,6 +172,8 @@ def test_each_plugins_wheel_works_alone_and_names_the_extra_it_needs(environment
         for app in plugin.apps:
             assert app in listed
             assert environment.run("run", app, "--help").returncode == 0
+        for command in plugin.commands:
+            assert environment.run(command, "--help").returncode == 0
 
 
 @pytest.mark.slow

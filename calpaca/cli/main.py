@@ -17,10 +17,15 @@ import click
 from calpaca import __version__
 from calpaca.cli.failure import INTERRUPTED, report
 from calpaca.cli.group import Group
+from calpaca.core.errors import UsageError
+from calpaca.plugins.commands import PluginCommand, plugin_commands
 
 COMMANDS = {
     "run": ("calpaca.cli.run:run", "Run an app, or list the installed ones."),
-    "models": ("calpaca.cli.models:models", "List, fetch, describe, convert, merge, verify, compare and export models."),
+    "models": (
+        "calpaca.cli.models:models",
+        "List, fetch, describe, convert, merge, verify, compare and export models.",
+    ),
     "plugins": ("calpaca.cli.plugins:plugins", "List the installed plugins and what is wrong with them."),
     "jobs": ("calpaca.cli.jobs:jobs", "List, explain and resume long runs."),
     "bench": ("calpaca.cli.bench:bench", "Measure what runs fastest on this machine."),
@@ -31,21 +36,55 @@ COMMANDS = {
 
 
 class LazyGroup(Group):
-    """The commands of `COMMANDS`, imported when they are used."""
+    """The commands of `COMMANDS` and of the plugins, imported when they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return [*COMMANDS, *(name for name in plugin_commands(COMMANDS) if name not in COMMANDS)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        command: click.Command
+        if cmd_name in COMMANDS:
+            module_name, _, attribute = COMMANDS[cmd_name][0].partition(":")
+            command = getattr(import_module(module_name), attribute)
+            return command
+        offered = plugin_commands(COMMANDS).get(cmd_name)
+        if offered is None:
             return None
-        module_name, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(import_module(module_name), attribute)
+        command = offered.load()
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and self.get_command(ctx, args[0]) is None:
+            _say_what_to_install(args[0])
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        offered = plugin_commands(COMMANDS)
         with formatter.section("Commands"):
             formatter.write_dl([(name, sentence) for name, (_, sentence) in COMMANDS.items()])
+        if offered:
+            with formatter.section("Commands of plugins"):
+                formatter.write_dl([(name, _sentence(command)) for name, command in offered.items()])
+
+
+def _sentence(command: PluginCommand) -> str:
+    """What stands beside a plugin's command; a clash names both sides."""
+    return f"Clash: {command.distribution} and {command.clash} both offer it." if command.clash else command.summary
+
+
+def _say_what_to_install(name: str) -> None:
+    """Raise UsageError for a command that a first-party plugin brings which is not installed."""
+    from calpaca.plugins.catalogue import plugin_with_command
+
+    plugin = plugin_with_command(name)
+    if plugin is not None:
+        raise UsageError(
+            f"The command '{name}' is not there: the plugin '{plugin.name}' is not installed, or CALPACA_PLUGINS leaves"
+            " it out.",
+            f"Install it with: pip install {plugin.distribution}",
+        )
 
 
 @click.group(

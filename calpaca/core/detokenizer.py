@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from calpaca.core.tokenizer import Tokenizer
+from typing import Protocol
 
 _CONTEXT = 6  # tokens of the prompt's end that decide how the first new token is spaced
+
+
+class Decoder(Protocol):
+    """What turns ids into text: a tokenizer, or an engine."""
+
+    def decode(self, token_ids: list[int], /) -> str: ...
 
 
 class Detokenizer:
@@ -16,7 +21,7 @@ class Detokenizer:
     all calls together is `decode(prompt + tokens)` without `decode(prompt)`; a text of its own has no prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Decoder, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt[-_CONTEXT:])
         self._prefix = 0  # where the text that is decoded anew begins

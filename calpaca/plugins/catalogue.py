@@ -5,17 +5,19 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
 class KnownPlugin:
-    """A plugin that can be installed: its distribution and the apps it brings."""
+    """A plugin that can be installed: its distribution, and the apps and commands it brings."""
 
     name: str
     distribution: str
     summary: str
     entry_point: str
-    apps: tuple[str, ...]
+    apps: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
 
 
 def catalogue_file() -> Path:
@@ -28,11 +30,20 @@ def catalogue_file() -> Path:
 def known_plugins() -> list[KnownPlugin]:
     """All first-party plugins by name."""
     entries = tomllib.loads(catalogue_file().read_text(encoding="utf-8"))
-    return [
-        KnownPlugin(name=name, **{**entry, "apps": tuple(entry["apps"])}) for name, entry in sorted(entries.items())
-    ]
+    return [_known(name, entry) for name, entry in sorted(entries.items())]
+
+
+def _known(name: str, entry: dict[str, Any]) -> KnownPlugin:
+    lists = {key: tuple(entry.get(key, ())) for key in ("apps", "commands")}
+    return KnownPlugin(name=name, **{**entry, **lists})
+
 
 
 def plugin_offering(app: str) -> KnownPlugin | None:
     """The first-party plugin that brings `app`."""
     return next((plugin for plugin in known_plugins() if app in plugin.apps), None)
+
+
+def plugin_with_command(command: str) -> KnownPlugin | None:
+    """The first-party plugin that brings `command`."""
+    return next((plugin for plugin in known_plugins() if command in plugin.commands), None)

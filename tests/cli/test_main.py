@@ -198,3 +198,78 @@ def test_a_broken_plugin_is_one_line_on_stderr_and_nothing_on_stdout(make_plugin
 def test_the_environment_is_not_needed_for_a_home_that_cannot_be_written(calpaca, monkeypatch) -> None:
     monkeypatch.setenv("HOME", os.devnull)
     assert calpaca("plugins").code == 0
+
+
+# Commands of plugins -------------------------------------------------------------------------------------------------
+
+COMMAND = """
+import click
+
+calpaca_api = ">=1,<2"
+
+@click.command()
+def shout():
+    click.echo("HELLO")
+"""
+
+
+@pytest.fixture
+def make_command(make_plugin, site):
+    """`make_command(name, target=…)` installs a plugin that adds a command."""
+
+    def make(name: str, command: str, target: str = "") -> None:
+        make_plugin(name, COMMAND)
+        folder = site / f"calpaca_{name}-1.0.dist-info"
+        with (folder / "METADATA").open("a") as metadata:
+            metadata.write(f"Summary: What {name} does.\n")
+        with (folder / "entry_points.txt").open("a") as entries:
+            entries.write(f"\n[calpaca.commands]\n{command} = {target or f'plugin_calpaca_{name}:shout'}\n")
+
+    return make
+
+
+def test_a_plugin_adds_a_command_which_help_lists_without_importing_it(make_command, calpaca) -> None:
+    make_command("loud", "shout")
+    listed = calpaca("--help").out
+    assert "shout" in listed
+    assert "What loud does." in listed
+    assert "plugin_calpaca_loud" not in sys.modules
+    assert calpaca("shout").out == "HELLO\n"
+
+
+def test_a_plugin_that_is_left_out_adds_no_command(make_command, calpaca, monkeypatch) -> None:
+    make_command("loud", "shout")
+    monkeypatch.setenv("CALPACA_PLUGINS", "retrieval_qa")
+    assert "shout" not in calpaca("--help").out
+    assert calpaca("shout").code == 2
+
+
+def test_a_command_of_the_program_cannot_be_taken_and_both_sides_are_named(make_command, calpaca) -> None:
+    make_command("greedy", "jobs")
+    listed = calpaca("--help").out
+    assert "calpaca-greedy" in listed
+    assert "calpaca itself" in listed
+    assert calpaca("jobs", "list").code == 0
+
+
+def test_two_plugins_with_one_command_are_both_named_and_it_is_used_by_neither(make_command, calpaca) -> None:
+    make_command("first", "shout")
+    make_command("second", "shout")
+    result = calpaca("shout")
+    assert result.code == 4
+    assert "calpaca-first" in result.err
+    assert "calpaca-second" in result.err
+
+
+def test_a_command_that_cannot_be_imported_names_its_distribution(make_command, calpaca) -> None:
+    make_command("empty", "shout", "module_that_is_not_there:shout")
+    result = calpaca("shout")
+    assert result.code == 4
+    assert "calpaca-empty" in result.err
+
+
+def test_a_command_of_a_known_plugin_that_is_not_installed_says_what_to_install(calpaca, monkeypatch) -> None:
+    monkeypatch.setenv("CALPACA_PLUGINS", "")
+    result = calpaca("serve")
+    assert result.code == 2
+    assert "pip install calpaca-openai-api" in result.err

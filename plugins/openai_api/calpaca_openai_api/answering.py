@@ -1,0 +1,153 @@
+"""From pieces of an answer to a response: whole or streamed, and stopped when the client has gone.
+
+An answer is one asynchronous iterator of pieces, which holds its slot and its requests to the engine. A whole response
+collects what a streamed one passes on, so that the two cannot differ; closing the iterator frees everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from calpaca.core.engine import Usage
+from calpaca_openai_api.admission import Admission
+from calpaca_openai_api.faults import as_api_error
+from calpaca_openai_api.generation import Piece
+from calpaca_openai_api.record import Record
+from calpaca_openai_api.wire import DONE, Json, event
+
+Pieces = AsyncGenerator[Piece, None]
+
+CLIENT_GONE = 499
+"""The status that the log gives a request whose client did not wait; nobody receives it."""
+
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class Form(Protocol):
+    """How an endpoint writes an answer down."""
+
+    def whole(self, pieces: list[Piece]) -> dict[str, Any]: ...
+
+    def events(self, piece: Piece) -> Iterator[dict[str, Any]]: ...
+
+    def last_events(self) -> Iterator[dict[str, Any]]:
+        """What follows when all choices are complete."""
+        ...
+
+    def usage(self) -> Usage:
+        """What has been counted by now."""
+        ...
+
+
+async def admitted(admission: Admission, record: Record, pieces: Callable[[], AsyncIterator[Piece]]) -> Pieces:
+    """The pieces, begun once there is a slot, and noted in the record."""
+    concurrency = record.key.concurrency if record.key is not None else None
+    async with admission.slot(record.key_name, concurrency), aclosing(pieces()) as answer:  # type: ignore[type-var]
+        async for piece in answer:
+            record.mark_first()
+            yield piece
+
+
+async def respond(
+    request: Request, pieces: Pieces, form: Form, *, streamed: bool, headers: dict[str, str] | None = None
+) -> Response:
+    """The response. What goes wrong before the first piece is an error of its own, not one in a stream."""
+    record: Record = request.state.record
+    record.streamed = streamed
+    work = _begun(pieces, form, headers or {}) if streamed else _collected(pieces, form, headers or {}, record)
+    return await while_connected(request, work)
+
+
+async def _collected(pieces: Pieces, form: Form, headers: dict[str, str], record: Record) -> Response:
+    async with aclosing(pieces):
+        answer = form.whole([piece async for piece in pieces])
+    record.usage = form.usage()
+    return Json(answer, headers=headers)
+
+
+async def _begun(pieces: Pieces, form: Form, headers: dict[str, str]) -> Response:
+    try:
+        first = await anext(pieces, None)
+    except BaseException:
+        await pieces.aclose()
+        raise
+    return EventStream(first, pieces, form, headers)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """Do the work, and stop it at once when the client goes away."""
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        return Response(status_code=CLIENT_GONE)
+    finally:
+        await _ended(task, watcher)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _ended(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and wait until they have put everything away."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Server-sent events. A client that goes away ends the work; an error becomes the last event but `[DONE]`."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: Piece | None, pieces: Pieces, form: Form, headers: dict[str, str]) -> None:
+        super().__init__(headers={**_STREAM_HEADERS, **headers})
+        del self.headers["content-length"]
+        self._first = first
+        self._pieces = pieces
+        self._form = form
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record: Record = scope["state"]["record"]
+        sender = asyncio.create_task(self._send(send, record))
+        watcher = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if sender.done():
+                sender.result()
+            else:
+                record.error = "client gone"
+        finally:
+            await _ended(sender, watcher)
+            await self._pieces.aclose()
+            record.usage = self._form.usage()
+
+    async def _send(self, send: Send, record: Record) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for data in self._frames(record):
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _frames(self, record: Record) -> AsyncIterator[bytes]:
+        try:
+            if self._first is not None:
+                yield b"".join(map(event, self._form.events(self._first)))
+            async for piece in self._pieces:
+                yield b"".join(map(event, self._form.events(piece)))
+            yield b"".join(map(event, self._form.last_events()))
+        except Exception as error:
+            fault = as_api_error(error)
+            record.error = fault.code or fault.message
+            yield event(fault.body())
+        yield DONE

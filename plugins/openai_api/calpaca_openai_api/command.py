@@ -1,0 +1,50 @@
+"""`calpaca serve`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import click
+
+from calpaca.cli.flags import flags, group_of
+from calpaca.cli.run import AppCommand, shared_runtime, was_typed
+from calpaca_openai_api.settings import ServeOptions, read_serve_options
+
+log = logging.getLogger("calpaca")
+
+
+@click.pass_context
+def _serve(ctx: click.Context, /, **values: Any) -> None:
+    runtime = shared_runtime()
+    typed = {name: value for name, value in values.items() if was_typed(ctx, name)}
+    options, keys = read_serve_options(typed, runtime.settings.plugins.get("openai_api", {}))
+    from calpaca_openai_api.process import open_socket, run
+    from calpaca_openai_api.served import ServedModels
+    from calpaca_openai_api.server import build_app
+
+    spec = runtime.check(options.spec())
+    listener = open_socket(options.host, options.port)
+    runtime.purpose = "load"
+    with runtime:
+        models = ServedModels(runtime, spec, options.embedding)
+        model = models.main.load()
+        app, api = build_app(models, options, keys)
+        host, port = listener.getsockname()[:2]
+        address = f"[{host}]" if ":" in host else host
+        log.info("Serving %s with %s at http://%s:%s/v1", models.main.id, model.engine.name, address, port)
+        run(app, api.admission, listener, options.drain)
+
+
+serve = AppCommand(
+    "serve",
+    params=flags("serve", ServeOptions),
+    callback=_serve,
+    help="""Serves models and apps to OpenAI clients.
+
+    Chats, completions and embeddings at http://HOST:PORT/v1, for the model of these options, the named models of the
+    settings, and every installed app that only reads, as the model app:NAME. The section [plugins.openai_api] of the
+    settings holds the same options, and keys.
+    """,
+    groups={name: group_of(ServeOptions, name) for name in ServeOptions.model_fields},
+)

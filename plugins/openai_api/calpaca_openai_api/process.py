@@ -1,0 +1,61 @@
+"""The process that serves: its socket, and an end that lets running answers end first."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from calpaca.core.errors import UsageError
+from calpaca_openai_api.admission import Admission
+
+_BACKLOG = 2048
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Listen, before anything is loaded. Raises UsageError where that is not possible."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"{host}:{port} cannot be listened on: {error}.", "Choose another with --port.") from error
+
+
+def run(app: ASGIApp, admission: Admission, listener: socket.socket, drain: float) -> None:
+    """Serve until SIGTERM or Ctrl-C; then take no more requests, and give running ones `drain` seconds to end."""
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(drain)),
+    )
+    asyncio.run(_Server(config, admission).serve(sockets=[listener]))
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which ends with 0 when it is told to end."""
+
+    def __init__(self, config: uvicorn.Config, admission: Admission) -> None:
+        super().__init__(config)
+        self._admission = admission
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn does, but the signals are not raised once more at the end."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._admission.draining = True
+        super().handle_exit(sig, frame)

@@ -1,0 +1,50 @@
+"""What is known about a request under way: for the access log and the metrics."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from calpaca.core.engine import Usage
+from calpaca_openai_api.settings import KeySettings
+
+
+@dataclass
+class Record:
+    """One request. `key_name` is the name of the key that was shown; `model` the id of the model that answers."""
+
+    method: str
+    path: str
+    id: str = field(default_factory=lambda: f"req_{uuid.uuid4().hex}")
+    key_name: str = ""
+    key: KeySettings | None = None
+    model: str = ""
+    status: int = 0
+    streamed: bool = False
+    usage: Usage | None = None
+    error: str | None = None
+    started: float = field(default_factory=time.monotonic)
+    first: float | None = None
+
+    def mark_first(self) -> None:
+        """Note when the first piece of the answer came."""
+        if self.first is None:
+            self.first = time.monotonic() - self.started
+
+    def line(self) -> dict[str, Any]:
+        """The access log's line: no text of request or answer is in it."""
+        line: dict[str, Any] = {
+            "request": self.id,
+            "method": self.method,
+            "path": self.path,
+            "status": self.status,
+            "seconds": round(time.monotonic() - self.started, 4),
+        }
+        if self.first is not None:
+            line["first_token"] = round(self.first, 4)
+        if self.usage is not None:
+            line |= {"prompt_tokens": self.usage.prompt_tokens, "completion_tokens": self.usage.completion_tokens}
+        shown = {"model": self.model, "key": self.key_name, "error": self.error, "stream": self.streamed}
+        return line | {name: value for name, value in shown.items() if value}
