@@ -58,13 +58,12 @@ def _share(rows: Sequence[Row], pace: Pace) -> dict[Row, int]:
         return {}
     shares = {rows[0]: min(rows[0].pending, (pace.piece + 1) // 2)}
     for row in sorted(rows, key=lambda row: row.pending):
-        given = sum(shares.values())
-        if given + row.pending <= pace.burst:
+        others = sum(shares.values()) - shares.get(row, 0)
+        if others + row.pending <= pace.burst:
             shares[row] = row.pending
             continue
-        piece = min(row.pending, pace.piece - given)
-        if piece > 0:
-            shares[row] = max(piece, shares.get(row, 0))
+        if pace.piece > others:
+            shares[row] = min(row.pending, pace.piece - others)
         break
     return shares
 

@@ -24,6 +24,7 @@ from calpaca.core.engines.row import Row
 from calpaca.core.engines.schedule import Pace, choose_spans, find_leader, follows
 from calpaca.core.engines.slots import SlotCache
 from calpaca.core.engines.step import Span, Step
+from calpaca.core.engines.threads import ThreadPolicy
 from calpaca.core.errors import CalpacaError, ContextOverflowError, MissingExtraError, ModelError, UsageError
 from calpaca.core.files import AdapterFiles, ModelFiles
 from calpaca.core.grammar import KINDS, GrammarCompiler
@@ -80,6 +81,7 @@ class TransformersEngine:
         self._changes: deque[tuple[Callable[[], None], Future[None]]] = deque()  # to be made between two turns
         self._prefixes = PrefixCache(lambda: self._cache.free_memory)
         self._pace = Pace()
+        self._threads: ThreadPolicy | None = None  # made by the worker, whose threads they are
         self._rows: list[Row] = []  # under way, in the order in which they came
         self._waiting: deque[Row] = deque()
         self._changed = threading.Condition()
@@ -169,6 +171,7 @@ class TransformersEngine:
     def _run(self) -> None:
         import torch
 
+        self._threads = ThreadPolicy() if self._device.type == "cpu" else None
         with torch.inference_mode():
             while self._wait():
                 try:
@@ -191,15 +194,23 @@ class TransformersEngine:
         self._restore()
         if not self._rows:
             return
+        if self._threads is not None:
+            self._threads.look()
         begin = time.perf_counter()
         step = Step(choose_spans(self._rows, self._pace, guesses=self._decoder.slots), self._device)
         self._adapters.select(step)
         logits = self._decoder(step)
         step.finish()
         finished = self._advance(step.spans, logits)
-        self._pace.note(len(step.ids), time.perf_counter() - begin)
+        self._note(len(step.ids), time.perf_counter() - begin)
         self._keep(finished | {span.row for span in step.spans if 0 < span.outputs < len(span.tokens)})
         self._drop(finished)
+
+    def _note(self, tokens: int, seconds: float) -> None:
+        """Learn from the time that a turn took."""
+        self._pace.note(tokens, seconds)
+        if self._threads is not None:
+            self._threads.note(tokens, seconds)
 
     def _change(self) -> None:
         """Load the adapters that were asked for, and let go of forgotten ones that no row runs with."""

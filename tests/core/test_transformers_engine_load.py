@@ -1,0 +1,164 @@
+"""The transformers engine under load: joining, waiting, cancelling, and what is left when all is done."""
+
+from __future__ import annotations
+
+import gc
+import random
+import resource
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calpaca.core.engine import Request, Sampling
+from calpaca.core.engines import slots
+from calpaca.core.engines.transformers import MAX_ROWS, TransformersEngine
+from calpaca.core.errors import ModelError
+from calpaca.core.tokenizer import load_tokenizer
+from calpaca.core.weights import LoadedWeights
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture
+def engine(smollm2: Path) -> Iterator[TransformersEngine]:
+    """A tiny random Llama that never ends an answer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    engine = TransformersEngine(LoadedWeights(LlamaForCausalLM(config).eval(), load_tokenizer(smollm2), 2048, 4096, ()))
+    yield engine
+    engine.close()
+
+
+def prompt(tokens: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple(random.Random(seed).choices(range(10, 2000), k=tokens))
+
+
+def settle(engine: TransformersEngine) -> None:
+    """Wait until nothing is under way."""
+    deadline = time.monotonic() + 30
+    while engine._rows or engine._waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_request_that_comes_at_step_50_starts_by_step_52(engine: TransformersEngine) -> None:
+    steps: list[set[Any]] = []
+    decode = engine._decoder
+    late: list[Any] = []
+
+    class Watched:
+        slots = True
+        part = decode.part
+
+        def __call__(self, step: Any) -> Any:
+            steps.append({span.row.handle for span in step.spans})
+            if len(steps) == 50:
+                late.append(engine.submit(Request(prompt(8, 9), Sampling(max_new_tokens=4))))
+            return decode(step)
+
+    engine._decoder = Watched()
+    running = [engine.submit(Request(prompt(8, seed), Sampling(max_new_tokens=80))) for seed in range(4)]
+    for handle in running:
+        handle.result(60)
+    late[0].result(60)
+    assert late[0] in steps[50] or late[0] in steps[51]
+
+
+def test_a_long_prompt_does_not_hold_up_answers_under_way(engine: TransformersEngine) -> None:
+    engine._pace.piece = 32
+    engine._pace.note = lambda *_: None
+    running = engine.submit(Request(prompt(8), Sampling(max_new_tokens=200)))
+    next(chunks := iter(running))
+    long = engine.submit(Request(prompt(2000), Sampling(max_new_tokens=1)))
+    while not long.done:
+        next(chunks)
+    assert len(running._chunks) > 40  # one token for each piece of the prompt, or more
+
+
+def test_more_requests_than_rows_wait_and_all_are_answered(engine: TransformersEngine) -> None:
+    handles = [engine.submit(Request(prompt(5, seed), Sampling(max_new_tokens=3))) for seed in range(MAX_ROWS + 20)]
+    assert {handle.result(60).usage.completion_tokens for handle in handles} == {3}
+
+
+def test_slots_that_others_left_are_used_again_and_rows_that_move_go_on_as_they_were(
+    engine: TransformersEngine,
+) -> None:
+    asked = [(prompt(4 + seed % 7, seed), 4 + 9 * (seed % 5)) for seed in range(30)]
+    alone = [engine.submit(Request(ids, Sampling(max_new_tokens=new))).result(60).token_ids for ids, new in asked]
+    handles = [engine.submit(Request(ids, Sampling(max_new_tokens=new))) for ids, new in asked]
+    assert [handle.result(60).token_ids for handle in handles] == alone
+
+
+def test_200_random_cancels_leave_no_busy_slot(engine: TransformersEngine) -> None:
+    chance = random.Random(4)
+    handles = []
+    for seed in range(200):
+        handles.append(engine.submit(Request(prompt(chance.randint(1, 300), seed), Sampling(max_new_tokens=300))))
+        time.sleep(chance.random() * 0.01)
+        chance.choice(handles).cancel()
+    for handle in handles:
+        time.sleep(chance.random() * 0.002)
+        handle.cancel()
+    assert {handle.result(60).finish_reason for handle in handles} <= {"cancelled", "length"}
+    settle(engine)
+    assert engine._cache._running() == []
+    assert all(not shelf.layers for shelf in engine._cache.shelves.values())
+
+
+def test_memory_is_flat_over_1000_requests(engine: TransformersEngine) -> None:
+    def ask(numbers: range) -> None:
+        handles = [engine.submit(Request(prompt(40 + seed % 50, seed), Sampling(max_new_tokens=2))) for seed in numbers]
+        for handle in handles:
+            handle.result(60)
+
+    engine._prefixes.keep = lambda *_: None  # its bound has a test of its own
+    ask(range(600))  # oneDNN keeps a routine for each shape that it has seen
+    gc.collect()
+    before = resident()
+    ask(range(600, 1600))
+    gc.collect()
+    assert resident() - before < 16 << 20
+    assert len(engine._decoder.__dict__) < 12
+
+
+def test_a_row_waits_for_memory_that_others_use_and_one_that_never_fits_is_refused(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = engine._cache._token_bytes
+    monkeypatch.setattr(slots, "free_memory", lambda: slots.KEPT_FREE + 600 * token)
+    handles = [engine.submit(Request(prompt(100, seed), Sampling(max_new_tokens=300))) for seed in range(3)]
+    assert {handle.result(60).finish_reason for handle in handles} == {"length"}
+    with pytest.raises(ModelError, match=r"1100 tokens of context take .* more than there are"):
+        engine.submit(Request(prompt(100), Sampling(max_new_tokens=1000))).result(60)
+
+
+@pytest.mark.slow
+def test_a_short_request_among_16_long_ones_is_served_soon(engine: TransformersEngine) -> None:
+    def first_token(seed: int) -> float:
+        answer = engine.submit(Request(prompt(20, 500 + seed), Sampling(max_new_tokens=1))).result(60)
+        return answer.timings.first_token
+
+    idle = statistics.median(first_token(seed) for seed in range(20))
+    running = [engine.submit(Request(prompt(30, seed), Sampling(max_new_tokens=3000))) for seed in range(16)]
+    for handle in running:
+        next(iter(handle._chunks), None)
+    time.sleep(1)
+    loaded = sorted(first_token(100 + seed) for seed in range(40))
+    for handle in running:
+        handle.cancel()
+    assert loaded[37] < 10 * idle  # bench/serving.py measures it with a model of a useful size
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
