@@ -156,7 +156,7 @@ def _model(told: Mapping[str, Any], cutting: PreTokenizer) -> dict[str, Any]:
         "byte_fallback": False,
         "ignore_merges": cutting.ignore_merges,
         "vocab": {token: index for index, (token, kind) in enumerate(_tokens(told)) if kind != UNUSED},
-        "merges": [merge.split(" ", 1) for merge in told["tokenizer.ggml.merges"]],
+        "merges": [merge.split(" ", 1) for merge in told.get("tokenizer.ggml.merges", ())],
     }
 
 

@@ -59,6 +59,12 @@ def export(
         answer = _adapter(
             name, base, kind=(kind or "f32").lower(), form=form, output=output, options=options, runtime=runtime
         )
+    elif (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+        raise UsageError(
+            f"{name} is a LoRA adapter, and it is not said for which base.",
+            f"Add --base MODEL for a file of its own, or merge it in: calpaca models export MODEL --adapter {name}"
+            f" --output {output}",
+        )
     elif form == "hf":
         answer = _hugging_face(name, kind, output, options)
     else:
