@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from calpaca.core.errors import MissingExtraError, ModelError
+from calpaca.core.errors import MissingExtraError, ModelError, UsageError
 from calpaca.core.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -100,3 +100,14 @@ class SentenceTransformerEmbedder:
             return []
         encoded = self._model.tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)
         return [len(ids) for ids in encoded["input_ids"]]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of ids of the model's own tokenizer. Raises UsageError for an id that it does not have."""
+        tokenizer = self._model.tokenizer
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < len(tokenizer):
+            raise UsageError(
+                f"Token id {max(token_ids)} is outside the vocabulary of {len(tokenizer)} of '{self.name}'.",
+                "Use ids of this model's own tokenizer, or send text.",
+            )
+        text: str = tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text

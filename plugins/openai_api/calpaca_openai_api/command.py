@@ -19,7 +19,7 @@ def _serve(ctx: click.Context, /, **values: Any) -> None:
     runtime = shared_runtime()
     typed = {name: value for name, value in values.items() if was_typed(ctx, name)}
     options, keys = read_serve_options(typed, runtime.settings.plugins.get("openai_api", {}))
-    from calpaca_openai_api.process import open_socket, run
+    from calpaca_openai_api.process import Server, open_socket, run
     from calpaca_openai_api.served import ServedModels
     from calpaca_openai_api.server import build_app
 
@@ -33,7 +33,7 @@ def _serve(ctx: click.Context, /, **values: Any) -> None:
         host, port = listener.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         log.info("Serving %s with %s at http://%s:%s/v1", models.main.id, model.engine.name, address, port)
-        run(app, api.admission, listener, options.drain)
+        run(Server(app, api.admission, options.drain), listener)
 
 
 serve = AppCommand(

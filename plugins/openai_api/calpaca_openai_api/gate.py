@@ -57,7 +57,10 @@ class Gate:
         try:
             await self._pass(scope, receive, send_with_id, record)
         except Exception as error:
-            await self._refuse(as_api_error(error), scope, receive, send_with_id, record)
+            if record.status == 0:  # else the app has answered already, or a stream is broken off
+                fault = as_api_error(error)
+                record.error = fault.code or fault.message
+                await Json(fault.body(), fault.status, fault.headers)(scope, receive, send_with_id)
         finally:
             self._note(record)
 
@@ -99,11 +102,6 @@ class Gate:
 
     def _too_long(self) -> ApiError:
         return ApiError(413, f"The request is longer than {self.max_body} bytes.", code="request_too_large")
-
-    async def _refuse(self, fault: ApiError, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
-        record.error = fault.code or fault.message
-        if record.status == 0:  # else the response has begun, and all that is left is to end the connection
-            await Json(fault.body(), fault.status, fault.headers)(scope, receive, send)
 
     def _note(self, record: Record) -> None:
         access.info("%s", json.dumps(record.line()))

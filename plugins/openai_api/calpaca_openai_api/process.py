@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -27,28 +28,30 @@ def open_socket(host: str, port: int) -> socket.socket:
         raise UsageError(f"{host}:{port} cannot be listened on: {error}.", "Choose another with --port.") from error
 
 
-def run(app: ASGIApp, admission: Admission, listener: socket.socket, drain: float) -> None:
-    """Serve until SIGTERM or Ctrl-C; then take no more requests, and give running ones `drain` seconds to end."""
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(drain)),
-    )
-    asyncio.run(_Server(config, admission).serve(sockets=[listener]))
+def run(server: Server, listener: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C; then take no more requests, and let running ones end."""
+    asyncio.run(server.serve(sockets=[listener]))
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn's server, which ends with 0 when it is told to end."""
 
-    def __init__(self, config: uvicorn.Config, admission: Admission) -> None:
-        super().__init__(config)
+    def __init__(self, app: ASGIApp, admission: Admission, drain: float) -> None:
+        """`drain` is how many seconds running requests get to end in."""
+        seconds = max(1, round(drain))
+        super().__init__(
+            uvicorn.Config(
+                app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=seconds
+            )
+        )
         self._admission = admission
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn does, but the signals are not raised once more at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread gets signals
+            return
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

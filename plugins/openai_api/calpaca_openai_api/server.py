@@ -163,7 +163,16 @@ def build_app(models: ServedModels, options: ServeOptions, keys: Mapping[str, Ke
     app = FastAPI(title="calpaca", version=__version__, redoc_url=None)
     for method, path, endpoint in _routes(api):
         app.add_api_route(path, endpoint, methods=[method], response_class=Response)
-    for kind in (ApiError, CalpacaError, RecursionError, UnicodeEncodeError, RequestValidationError, HTTPException):
+    handled = (
+        ApiError,
+        CalpacaError,
+        RecursionError,
+        UnicodeEncodeError,
+        RequestValidationError,
+        HTTPException,
+        Exception,
+    )
+    for kind in handled:
         app.add_exception_handler(kind, _show_error)
     local_only = not keys and not options.without_key and is_loopback(options.host)
     return Gate(app, Keys(keys), api.metrics, options.max_body, local_only), api

@@ -65,7 +65,7 @@ _VLLM = Dialect(
 DIALECTS: Mapping[str, Dialect] = {
     "openai": Dialect("openai", frozenset({"openai", "system"}), most_stops=4),
     "vllm": _VLLM,
-    "calpaca": Dialect(**{**vars(_VLLM), "name": "calpaca", "owners": frozenset({"calpaca"})}),
+    "calpaca": Dialect(**{**vars(_VLLM), "name": "calpaca", "owners": frozenset({"calpaca"}), "most_stops": 4}),
     "llama_cpp": Dialect(
         "llama_cpp",
         frozenset({"llamacpp"}),
