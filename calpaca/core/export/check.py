@@ -88,7 +88,7 @@ def check_tensors(file: Path, tensors: Sequence[GgufTensor]) -> int:
     """
     stored = _stored(file, tensors)
     for tensor in tensors:
-        _check_tensor(tensor, stored[tensor.name])
+        _check_tensor(file, tensor, stored[tensor.name])
     return len(tensors)
 
 
@@ -105,15 +105,16 @@ def _shape(stored: Any) -> tuple[int, ...]:
     return tuple(int(length) for length in reversed(stored.shape))
 
 
-def _check_tensor(tensor: GgufTensor, stored: Any) -> None:
+def _check_tensor(file: Path, tensor: GgufTensor, stored: Any) -> None:
     shape = _shape(stored)
     if shape != tensor.source.shape or stored.tensor_type != tensor.type.number:
         raise failed(f"{tensor.name} is {stored.tensor_type.name} {list(shape)}")
-    data = stored.data if len(shape) > 1 else stored.data.reshape(1, -1)
-    position = 0
+    offset = int(stored.data_offset)
     for expected in tensor.rows():
-        found = tensor.type.unpack(np.ascontiguousarray(data[position : position + len(expected)]))
-        position += len(expected)
+        size = tensor.type.size(expected.shape)
+        # Read, not mapped: pages of a mapped file count as memory of this program.
+        found = tensor.type.unpack(np.fromfile(file, np.uint8, size, offset=offset).reshape(len(expected), -1))
+        offset += size
         if not _fits(found, expected, tensor.type):
             largest = float(np.abs(found - expected).max())
             raise failed(f"{tensor.name} differs by up to {largest:g}, more than {tensor.type.name} explains")
