@@ -8,11 +8,15 @@ Ratios are medians over the rounds; each scenario says what it compares.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -45,6 +49,8 @@ class Bench:
         return tuple(ids[:tokens])
 
     def run(self, requests: list[Request]) -> None:
+        """All requests at once, without what is kept of earlier ones."""
+        self.engine._prefixes.clear()
         for handle in [self.engine.submit(request) for request in requests]:
             handle.result()
 
@@ -69,11 +75,11 @@ class Bench:
         for _ in range(self.rounds + 1):
             ours.measure(lambda: self.run(requests))
             theirs.measure(lambda: self.generate(requests))
-        print(
-            f"{name}: {tokens / ours.wall:.1f} tokens/s, generate {tokens / theirs.wall:.1f};"
-            f" ratio {theirs.over(ours, 0):.2f}, of processor time {theirs.over(ours, 1):.2f}",
-            flush=True,
-        )
+        speeds = f"{tokens / ours.wall:.1f} tokens/s, generate {tokens / theirs.wall:.1f}"
+        self.report(f"{name}: {speeds}; ratio", theirs, ours)
+
+    def report(self, text: str, one: Clock, other: Clock) -> None:
+        print(f"{text} {one.over(other, 0):.2f}, of processor time {one.over(other, 1):.2f}", flush=True)
 
 
 class Clock:
@@ -103,8 +109,10 @@ def scenario(run: Callable[[Bench], None]) -> Callable[[Bench], None]:
 
 @scenario
 def one(bench: Bench) -> None:
-    """One stream of 64 tokens."""
+    """One stream of 64 tokens, its prompt repeating itself a little, as text does; then without guesses."""
     bench.compare("one stream", [exactly(bench.prompt(24), 64)])
+    with without_guesses():
+        bench.compare("one stream without guesses", [exactly(bench.prompt(24), 64)])
 
 
 @scenario
@@ -122,6 +130,96 @@ def mixed(bench: Bench) -> None:
         "32 requests with answers of mixed lengths",
         [exactly(bench.prompt(lengths.randint(8, 120), str(n)), lengths.randint(16, 128)) for n in range(32)],
     )
+
+
+@scenario
+def adapters(bench: Bench) -> None:
+    """32 requests with four LoRA adapters (r = 8, all linear layers) beside the same requests without."""
+    from peft import LoraConfig, get_peft_model
+
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    requests = [exactly(bench.prompt(24, str(number)), 48) for number in range(32)]
+    names = ["red", "green", "blue", "white"]
+    with TemporaryDirectory() as folder:
+        for name in names:
+            config = LoraConfig(r=8, target_modules=linear, init_lora_weights=False)
+            torch.manual_seed(names.index(name))
+            get_peft_model(copy.deepcopy(bench.reference), config).save_pretrained(folder)
+            bench.engine.load_adapter(name, folder)
+    adapted = [replace(request, adapter=names[number % 4]) for number, request in enumerate(requests)]
+    with_adapters, without = Clock(), Clock()
+    for _ in range(bench.rounds + 1):
+        with_adapters.measure(lambda: bench.run(adapted))
+        without.measure(lambda: bench.run(requests))
+    for name in names:
+        bench.engine.unload_adapter(name)
+    bench.report("four adapters side by side cost", with_adapters, without)
+
+
+@scenario
+def prefix(bench: Bench) -> None:
+    """Time to first token of a second question over 2,000 tokens of context, beside that of the first."""
+    firsts, seconds = [], []
+    for number in range(bench.rounds):
+        context = bench.prompt(2000, f"Document {number}.")
+        for question, times in (("Who was it?", firsts), ("Where did they go?", seconds)):
+            request = exactly((*context, *bench.engine.encode(question)), 1)
+            times.append(bench.engine.submit(request).result().timings.first_token)
+    ratio = statistics.median(second / first for first, second in zip(firsts, seconds, strict=True))
+    print(f"first token over 2,000 tokens {min(firsts):.2f} s, follow-up {min(seconds):.3f} s; ratio {ratio:.3f}")
+
+
+@scenario
+def lookup(bench: Bench) -> None:
+    """Answers that quote their documents, with guesses and without."""
+    rules = [
+        f"Rule {n}: a visitor of the {place} must wear {wear} and leave before {n + 3} in the afternoon."
+        for n, (place, wear) in enumerate([("library", "soft shoes"), ("tower", "a helmet"), ("garden", "gloves")], 1)
+    ]
+    text = " ".join(rules)
+    asked = [f"{text}\nRepeat the rules word by word.\n{text}\nRepeat again.\nRule {n}:" for n in (1, 2, 3)]
+    requests = [exactly(tuple(bench.engine.encode(prompt)), 64) for prompt in asked]
+    plain, guessed = Clock(), Clock()
+    for _ in range(bench.rounds + 1):
+        guessed.measure(lambda: [bench.run([request]) for request in requests])
+        with without_guesses():
+            plain.measure(lambda: [bench.run([request]) for request in requests])
+    bench.report("answers that quote: without guesses over with", plain, guessed)
+
+
+@scenario
+def latency(bench: Bench) -> None:
+    """Time to first token (95 %) of short requests while 16 long answers are written, beside an idle engine."""
+
+    def first_token(number: int) -> float:
+        request = exactly(bench.prompt(20, f"Short {random.random()} {number}"), 1)
+        return float(bench.engine.submit(request).result().timings.first_token)
+
+    first_token(0)
+    idle = sorted(first_token(number) for number in range(20))
+    running = [bench.engine.submit(exactly(bench.prompt(40, str(number)), 2000)) for number in range(16)]
+    while any(handle._chunks == [] for handle in running):
+        time.sleep(0.05)
+    loaded = sorted(first_token(number) for number in range(40))
+    for handle in running:
+        handle.cancel()
+    print(
+        f"first token of a short request: idle {idle[10]:.3f} s, beside 16 answers 95 % within {loaded[37]:.3f} s;"
+        f" ratio {loaded[37] / idle[10]:.2f}, to the same share of idle ones {loaded[37] / idle[18]:.2f}"
+    )
+
+
+@contextmanager
+def without_guesses() -> Iterator[None]:
+    """Without prompt lookup, which the engine does by itself."""
+    from calpaca.core.engines.lookup import PromptLookup
+
+    draft = PromptLookup.draft
+    PromptLookup.draft = lambda *_: []  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PromptLookup.draft = draft  # type: ignore[method-assign]
 
 
 def exactly(prompt: tuple[int, ...], tokens: int) -> Request:

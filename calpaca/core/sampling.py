@@ -58,7 +58,7 @@ def token_logprob(logits: Tensor, token_id: int, alternatives: int, tokenizer: T
     """The model's own logarithmic probability of a token and of the likeliest alternatives; logits [vocabulary]."""
     import torch
 
-    logprobs = torch.log_softmax(logits, dim=-1)
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
     values, indices = torch.topk(logprobs, alternatives) if alternatives else (logprobs[:0], logprobs[:0])
     top = tuple(
         (int(index), tokenizer.decode([int(index)]), float(value))

@@ -11,7 +11,7 @@ import pytest
 from calpaca.core.engine import AdapterEngine, Completion, Request, Sampling
 from calpaca.core.engines.transformers import TransformersEngine
 from calpaca.core.errors import AdapterError, CalpacaError, UnsupportedError
-from calpaca.core.files import ModelFiles
+from calpaca.core.files import AdapterFiles, ModelFiles
 from calpaca.core.spec import ModelSpec
 from calpaca.core.weights import LoadedWeights, load_weights
 
@@ -97,6 +97,21 @@ def test_probabilities_equal_those_of_peft(engine: TransformersEngine, tuned: An
     first = answer.logprobs[0]
     assert [index for index, _, _ in first.top] == expected.topk(5).indices.tolist()
     assert [value for _, _, value in first.top] == pytest.approx(expected.topk(5).values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ["wide", "deep"])
+def test_a_model_loaded_with_an_adapter_gives_the_probabilities_of_peft(
+    smollm2: Path, tuned: Any, folders: dict[str, Path], adapter: str
+) -> None:
+    files = (AdapterFiles(adapter, folders[adapter]),)
+    spec = ModelSpec(device="cpu", dtype="float32")
+    engine = TransformersEngine(load_weights(ModelFiles("smollm2", spec, smollm2, files, smollm2, None)))
+    top = ask(engine, PROMPTS[0], None, 1).logprobs[0].top
+    expected = peft(tuned, engine.encode(PROMPTS[0]), adapter)
+    assert [value for *_, value in top] == pytest.approx(expected.topk(5).values.tolist(), abs=1e-4)
+    engine.load_adapter("live", folders["strong"])
+    assert ask(engine, PROMPTS[0], "live", 1).logprobs[0].top != top
+    engine.close()
 
 
 def test_sixteen_requests_at_once_never_mix_their_adapters(engine: TransformersEngine) -> None:

@@ -12,6 +12,7 @@ import pytest
 from calpaca.core.engine import Request, Sampling
 from calpaca.core.engines.decoder import Decoder, HubDecoder, LlamaDecoder, SerialDecoder
 from calpaca.core.engines.transformers import TransformersEngine
+from calpaca.core.errors import ContextOverflowError
 from calpaca.core.tokenizer import load_tokenizer
 from calpaca.core.weights import LoadedWeights
 
@@ -72,5 +73,27 @@ def test_tokens_equal_those_of_generate(model: Callable[[], Any], decoder: type[
         assert type(engine._decoder) is decoder
         handles = [engine.submit(Request(tuple(prompt), Sampling(max_new_tokens=20))) for prompt in PROMPTS]
         assert [list(handle.result(60).token_ids) for handle in handles] == wanted
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_scaling_that_changes_with_the_length_ends_at_the_trained_length_and_says_so(
+    kind: str, smollm2: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parameters: dict[str, Any] = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}
+    if kind == "longrope":
+        parameters |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 256}
+    else:
+        parameters |= {"original_max_position_embeddings": 256}
+    reference = small("Llama", rope_parameters=parameters)
+    wanted = [expected(reference, prompt) for prompt in PROMPTS]
+    engine = TransformersEngine(LoadedWeights(copy.deepcopy(reference), load_tokenizer(smollm2), 49152, 512, ()))
+    try:
+        assert kind in caplog.text
+        handles = [engine.submit(Request(tuple(prompt), Sampling(max_new_tokens=20))) for prompt in PROMPTS]
+        assert [list(handle.result(60).token_ids) for handle in handles] == wanted
+        with pytest.raises(ContextOverflowError, match="the context holds 256"):
+            engine.submit(Request(tuple(range(250)), Sampling(max_new_tokens=20)))
     finally:
         engine.close()

@@ -51,7 +51,8 @@ def choose_decoder(model: Any) -> Decoder:
     """The fastest decoder for a loaded model."""
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
     config = causal.config
-    if not _keeps_keys_and_values(causal):
+    spread = len(set(getattr(causal, "hf_device_map", {}).values())) > 1
+    if spread or not _keeps_keys_and_values(causal):
         return SerialDecoder(causal)
     windowed = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
     plain = OWN.get(config.model_type) == type(causal).__name__ and config.hidden_act == "silu"
@@ -252,7 +253,8 @@ def _own_part(causal: Any, module: str) -> Part | None:
 
 
 class SerialDecoder:
-    """Any other model: each row has a cache of transformers' own and runs by itself."""
+    """Any other model, and any that is spread over several devices: each row has a cache of transformers' own and runs
+    by itself."""
 
     slots = False
 

@@ -79,9 +79,11 @@ class AdaptedLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """[…, tokens, in] → […, tokens, out]"""
         output: Tensor = self.layer(inputs)
-        if self._selection.numbers is None:
-            return output
-        return output + ((inputs @ self._a) * (self._selection.numbers == self._owners)) @ self._b
+        if self._selection.numbers is not None:
+            ranks = inputs.flatten(0, -2) @ self._a
+            ranks *= self._selection.numbers == self._owners
+            output.flatten(0, -2).addmm_(ranks, self._b)
+        return output
 
 
 @dataclass

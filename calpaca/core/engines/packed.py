@@ -33,7 +33,10 @@ class PackedLinear(nn.Module):
 
 
 def pack(linear: Any) -> Any:
-    """The layer packed, if that is possible and it is a plain one; else the layer itself."""
+    """The layer packed, if that is possible and it is a plain one, or such a one inside of PEFT's; else the layer
+    itself."""
+    if type(getattr(linear, "base_layer", None)) is nn.Linear and not getattr(linear, "lora_variant", True):
+        linear.base_layer = pack(linear.base_layer)
     if type(linear) is not nn.Linear or linear.weight.device.type != "cpu":
         return linear
     return PackedLinear(linear) if can_pack(linear.weight.dtype) else linear

@@ -16,10 +16,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calpaca.core.adapters import Adapter
+from calpaca.core.adapters import Adapter, own_name
 from calpaca.core.engine import Capabilities, Handle, Request, refuse_unsupported
 from calpaca.core.engines.decoder import choose_decoder
 from calpaca.core.engines.prefix import PrefixCache
+from calpaca.core.engines.rope import usable_context
 from calpaca.core.engines.row import Row
 from calpaca.core.engines.schedule import Pace, choose_spans, find_leader, follows
 from calpaca.core.engines.slots import SlotCache
@@ -65,7 +66,7 @@ class TransformersEngine:
     def __init__(self, weights: LoadedWeights, template: NamedTemplate | None = None) -> None:
         self._tokenizer = weights.tokenizer
         self._vocabulary_size = weights.vocabulary_size
-        self._context_length = weights.context_length
+        self._context_length = usable_context(weights.model.config.get_text_config(), weights.context_length)
         self._device = weights.model.device
         self._dtype = weights.model.dtype
         self.template = choose_template(weights.tokenizer, template)
@@ -74,7 +75,7 @@ class TransformersEngine:
         from calpaca.core.engines.live_adapters import LiveAdapters  # torch is imported when there is a model to run
 
         self._cache = SlotCache(weights)
-        shapes = {name: tuple(parameter.shape) for name, parameter in weights.model.named_parameters()}
+        shapes = {own_name(name): tuple(parameter.shape) for name, parameter in weights.model.named_parameters()}
         like = weights.model.get_input_embeddings().weight
         self._decoder = choose_decoder(weights.model)
         self._adapters = LiveAdapters(self._decoder, like, shapes, len(weights.tokenizer))
