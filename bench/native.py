@@ -2,9 +2,10 @@
 
 Run: python bench/native.py --engine openvino [--streams 1 8 32] [--rounds 5] [--new-tokens 64]
 
-Prints median tokens per second of both at each number of requests at once, and the ratio. Both have the same weights,
-threads and limits; the library's loop neither makes text of its tokens nor hands them on. Another process that is busy
-at the time falsifies the ratio: use a quiet machine.
+Prints median tokens per second of both at each number of requests at once, and the ratio; then the CPU time for each
+token in the library's process, in the engine's, and in the caller, where tokens become text. Both have the same weights,
+threads and limits; the library's loop neither makes text of its tokens nor hands them on. On a machine that is busy with
+other things only the CPU times mean anything.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -138,6 +141,26 @@ def with_library(worker: Worker) -> Measure:
     return measure
 
 
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Meter:
+    """CPU time of a process for each token, over several measurements."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.seconds = self._begin = 0.0
+
+    def __enter__(self) -> None:
+        self._begin = cpu_seconds(self._pid)
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += cpu_seconds(self._pid) - self._begin
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["openvino", "llama_cpp"], default="openvino")
@@ -152,18 +175,27 @@ def main() -> None:
     library = Worker("native:Library", {"engine": options.engine, "arguments": engine.worker._arguments}, "The library")
     library.open()
     measures = {"engine": with_engine(engine), "library": with_library(library)}
-    print("requests  engine tok/s  library tok/s  ratio")
+    print("requests  engine tok/s  library tok/s  ratio  CPU ms/token: library  engine  caller")
     for streams in options.streams:
         asked = [tuple(engine.encode(prompt)) for prompt in prompts(streams)]
         for measure in measures.values():
             measure(asked, 4)
-        rounds = [
-            {name: measure(asked, options.new_tokens) for name, measure in measures.items()}
-            for _ in range(options.rounds)
-        ]
-        medians = {name: statistics.median(each[name] for each in rounds) for name in measures}
-        ratio = statistics.median(each["engine"] / each["library"] for each in rounds)
-        print(f"{streams:8}  {medians['engine']:12.1f}  {medians['library']:13.1f}  {ratio:5.3f}")
+        meters = {"engine": Meter(engine.worker.pid), "library": Meter(library.pid or 0), "caller": Meter(os.getpid())}
+        rounds = []
+        for number in range(options.rounds):
+            figures = {}
+            for name in sorted(measures, reverse=bool(number % 2)):  # each begins as often as the other
+                with meters[name], meters["caller"] if name == "engine" else nullcontext():
+                    figures[name] = measures[name](asked, options.new_tokens)
+            rounds.append((figures["engine"], figures["library"]))
+        tokens = options.rounds * streams * options.new_tokens
+        milliseconds = {name: 1000 * meter.seconds / tokens for name, meter in meters.items()}
+        engine_speed, library_speed = (statistics.median(column) for column in zip(*rounds, strict=True))
+        ratio = statistics.median(a / b for a, b in rounds)
+        print(
+            f"{streams:8}  {engine_speed:12.1f}  {library_speed:13.1f}  {ratio:5.3f}"
+            f"  {milliseconds['library']:21.2f}  {milliseconds['engine']:6.2f}  {milliseconds['caller']:6.2f}"
+        )
     library.close()
 
 
