@@ -64,6 +64,8 @@ class TransformersEngine:
     name = "transformers"
 
     def __init__(self, weights: LoadedWeights, template: NamedTemplate | None = None) -> None:
+        from calpaca.core.engines.live_adapters import LiveAdapters  # torch is imported when there is a model to run
+
         self._tokenizer = weights.tokenizer
         self._vocabulary_size = weights.vocabulary_size
         self._context_length = usable_context(weights.model.config.get_text_config(), weights.context_length)
@@ -72,8 +74,6 @@ class TransformersEngine:
         self.template = choose_template(weights.tokenizer, template)
         self._eos_ids = frozenset(weights.eos_ids)
         self._grammars = GrammarCompiler(weights.tokenizer, weights.vocabulary_size, list(weights.eos_ids))
-        from calpaca.core.engines.live_adapters import LiveAdapters  # torch is imported when there is a model to run
-
         self._cache = SlotCache(weights)
         shapes = {own_name(name): tuple(parameter.shape) for name, parameter in weights.model.named_parameters()}
         like = weights.model.get_input_embeddings().weight
@@ -150,7 +150,7 @@ class TransformersEngine:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ModelError("The engine is closed.", "Load the model again.")
+            raise _closed()
 
     def _new_tokens(self, prompt_tokens: int, wanted: int | None) -> int:
         """How many tokens the answer may have. Raises ContextOverflowError when that does not fit."""
@@ -237,10 +237,11 @@ class TransformersEngine:
                 "Its weights may be damaged, or it overflows: try --dtype float32 or bfloat16.",
             )
         finished = set()
+        token_ids = likeliest.tolist()
         begin = 0
         for span in spans:
             end = begin + span.outputs
-            if span.outputs and _accept(span, likeliest[begin:end].tolist(), logits[begin:end]):
+            if span.outputs and _accept(span, token_ids[begin:end], logits[begin:end]):
                 finished.add(span.row)
             begin = end
         return finished
@@ -310,8 +311,8 @@ class TransformersEngine:
         self._cache.clear()
         for row in rows:
             row.finish("cancelled")
-        for _, done in self._changes:
-            done.cancel()
+        while self._changes:
+            self._changes.popleft()[1].set_exception(_closed())
 
 
 def _accept(span: Span, likeliest: list[int], logits: Tensor) -> bool:
@@ -329,6 +330,10 @@ def _accept(span: Span, likeliest: list[int], logits: Tensor) -> bool:
         row.lookup.note(len(guesses), right, len(row.ids))
         span.place.filled = min(span.place.filled, len(row.ids) - 1)  # what stands behind was guessed wrong
     return complete
+
+
+def _closed() -> ModelError:
+    return ModelError("The engine is closed.", "Load the model again.")
 
 
 def _translated(error: Exception) -> ModelError:
