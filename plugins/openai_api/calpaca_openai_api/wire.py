@@ -26,13 +26,8 @@ class Envelope:
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def fields(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": f"{self.prefix}-{self.token}",
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-        }
+        fields = {"id": f"{self.prefix}-{self.token}", "object": kind, "created": self.created, "model": self.model}
+        return fields if self.fingerprint is None else {**fields, "system_fingerprint": self.fingerprint}
 
 
 def usage_fields(usage: Usage) -> dict[str, Any]:

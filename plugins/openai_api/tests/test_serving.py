@@ -1,0 +1,117 @@
+"""The process: where it listens, its keys, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from calpaca.core.errors import UsageError
+from calpaca_openai_api.process import open_socket
+from calpaca_openai_api.settings import digest, read_serve_options
+
+LONG = [{"role": "user", "content": "Count from one to one thousand, in words, one number a line."}]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_a_public_address_needs_a_key_or_a_word(host, tmp_path):
+    with pytest.raises(UsageError, match="other machines"):
+        read_serve_options({"host": host}, {})
+    assert read_serve_options({"host": host, "without_key": True}, {})[0].host == host
+    file = tmp_path / "keys"
+    file.write_text("first\nsecond\n")
+    _, keys = read_serve_options({"host": host, "api_key_file": file}, {})
+    assert [key.sha256 for key in keys.values()] == [digest("first"), digest("second")]
+
+
+def test_this_machine_alone_is_the_default():
+    options, keys = read_serve_options({}, {})
+    assert (options.host, keys) == ("127.0.0.1", {})
+    for host in ("localhost", "::1", "127.0.0.2"):
+        read_serve_options({"host": host}, {})
+
+
+def test_the_settings_hold_options_and_keys_and_typed_ones_win(tmp_path):
+    section = {"port": 9000, "strict": True, "keys": {"ann": {"sha256": digest("a"), "concurrency": 2}}}
+    options, keys = read_serve_options({"port": 9001}, section)
+    assert (options.port, options.strict, keys["ann"].concurrency) == (9001, True, 2)
+    for wrong in ({"prot": 1}, {"port": "x"}, {"keys": {"ann": {"sha256": "secret"}}}, {"keys": {"ann": "secret"}}):
+        with pytest.raises(UsageError):
+            read_serve_options({}, wrong)
+    empty = tmp_path / "keys"
+    empty.write_text("\n")
+    for file in (empty, tmp_path / "nothing"):
+        with pytest.raises(UsageError):
+            read_serve_options({"api_key_file": file}, {})
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=str(port)):
+            open_socket("127.0.0.1", port)
+
+
+@pytest.fixture
+def program(smollm2: Path, tmp_path: Path):
+    """`program(*flags)` starts `calpaca serve` and gives its process and address."""
+    started = []
+
+    def start(*flags: str) -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-m", "calpaca", "serve", "--model", str(smollm2), "--port", "0", *flags]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ)
+        started.append(process)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("Serving"):
+                return process, line.split()[-1]
+        raise AssertionError("it did not start")
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_sigterm_lets_a_running_stream_end_and_then_the_process_ends_well(program):
+    process, url = program()
+    pieces: list[str] = []
+
+    def read() -> None:
+        body = {"messages": LONG, "max_tokens": 60, "temperature": 0, "stream": True}
+        with httpx2.stream("POST", f"{url}/chat/completions", json=body, timeout=120) as response:
+            pieces.extend(line for line in response.iter_lines() if line)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    end = time.monotonic() + 60
+    while "calpaca_requests_running 1.0" not in httpx2.get(url.removesuffix("/v1") + "/metrics").text:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    reader.join(120)
+    assert pieces[-1] == "data: [DONE]"
+    finish = [json.loads(piece.removeprefix("data: "))["choices"][0]["finish_reason"] for piece in pieces[:-1]]
+    assert finish[-1] in ("length", "stop")
+    assert process.wait(30) == 0
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"{url}/models")
+
+
+def test_the_program_asks_for_the_key_in_its_file(program, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("sesame\n")
+    _, url = program("--host", "0.0.0.0", "--api-key-file", str(file))
+    url = url.replace("0.0.0.0", "127.0.0.1")
+    assert httpx2.get(f"{url}/models").status_code == 401
+    listed = httpx2.get(f"{url}/models", headers={"Authorization": "Bearer sesame"})
+    assert listed.status_code == 200
