@@ -26,6 +26,7 @@ DEFAULT = "transformers"
 """Runs every model exactly as it is, so it is the engine where nothing was measured."""
 
 _WITHOUT_TORCH = ("llama_cpp", "openvino")
+_WHOLE = {None, "F32", "F16", "BF16"}  # types of weights that no quantization has made coarser
 _LOAD = 8  # requests at once from which on it is load
 
 
@@ -45,6 +46,11 @@ class Measurement:
     memory: int = 0
     details: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the weights were run as numbers and not as quantized blocks, which is faster and another model."""
+        return self.details.get("weights") in _WHOLE
 
     def speed(self, purpose: Purpose) -> float:
         """Tokens per second that count for a purpose: of one stream, or the best under load."""
@@ -91,9 +97,12 @@ def _measurement(record: Mapping[str, object]) -> Measurement:
 
 
 def choose_engine(runtime: Runtime, fingerprint: str | None, purpose: Purpose = "chat") -> str:
-    """The engine that `auto` means for a model; `fingerprint` None where it is not worth hashing."""
+    """The engine that `auto` means for a model; `fingerprint` None where it is not worth hashing.
+
+    An engine that ran quantized weights is never chosen for its speed: it gives other answers.
+    """
     measured = [] if fingerprint is None else read_measurements(fingerprint)
-    usable = [each for each in measured if each.error is None and is_installed(each.engine, runtime)]
+    usable = [each for each in measured if each.error is None and each.whole and is_installed(each.engine, runtime)]
     if usable:
         return max(usable, key=lambda each: each.speed(purpose)).engine
     if find_spec("torch") is None:

@@ -65,6 +65,12 @@ def test_an_engine_that_failed_or_is_no_longer_installed_is_not_chosen(runtime):
     assert choose_engine(runtime, "model", "chat") == "transformers"
 
 
+def test_quantized_weights_are_not_chosen_for_their_speed(runtime):
+    quantized = Measurement("busy", {1: 999.0}, details={"weights": "Q4_1"})
+    record_measurements("model", [CHATTY, quantized])
+    assert choose_engine(runtime, "model", "chat") == "transformers"
+
+
 def test_a_damaged_file_counts_as_nothing_measured(runtime):
     record_measurements("model", [BUSY])
     (data_dir() / "engines.json").write_text("{")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from calpaca.core.engine import Capabilities, FinishReason, Grammar
 from calpaca.core.engines.answer import Progress
 from calpaca.core.engines.dialect import lark_source
-from calpaca.core.engines.native import Job, NativeEngine, cache_tokens, check_cpu, read_model, threads
+from calpaca.core.engines.native import Job, NativeEngine, cache_tokens, check_cpu, read_model, stored_type, threads
 from calpaca.core.engines.prepared import gguf_weights
 from calpaca.core.engines.process import Event, Worker
 from calpaca.core.errors import MissingExtraError, ModelError, UnsupportedError
@@ -87,7 +87,7 @@ def start_engine(files: ModelFiles, weights: Path, *, slots: int = SLOTS, isolat
         context_length=context,
         grammars=KINDS,
         seed=True,
-        details={"device": "cpu", "dtype": files.spec.dtype, "slots": slots},
+        details={"device": "cpu", "dtype": files.spec.dtype, "weights": stored_type(weights), "slots": slots},
     )
     return NativeEngine(NAME, worker, model, capabilities, _translate)
 

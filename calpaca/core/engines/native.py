@@ -185,3 +185,8 @@ class NativeEngine:
 
     def close(self) -> None:
         self.worker.close()
+
+
+def stored_type(weights: Path) -> str:
+    """ggml's name of the type that most of a GGUF file's weights are stored in, such as `F16`."""
+    return gguf.read_header(weights).main_type or "unknown"

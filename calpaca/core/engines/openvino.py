@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from calpaca.core.engines.native import (
     cache_tokens,
     check_cpu,
     read_model,
+    stored_type,
     threads,
 )
 from calpaca.core.engines.prepared import gguf_weights
@@ -78,15 +80,16 @@ def start_engine(files: ModelFiles, weights: Path, *, isolated: bool = True) -> 
     worker = Worker(
         "calpaca.core.engines.openvino:OpenVinoRunner", arguments, f"The engine '{NAME}'", isolated=isolated
     )
-    return NativeEngine(NAME, worker, model, _capabilities(model, tokens, precision), _translate)
+    details = {"device": "cpu", "dtype": precision or "auto", "weights": stored_type(weights), "cache_tokens": tokens}
+    return NativeEngine(NAME, worker, model, _capabilities(model, tokens, details), _translate)
 
 
-def _capabilities(model: NativeModel, tokens: int, precision: str | None) -> Capabilities:
+def _capabilities(model: NativeModel, tokens: int, details: Mapping[str, Any]) -> Capabilities:
     """The library gives the log probability of the chosen token alone, after temperature and filters: no logprobs."""
     return Capabilities(
         context_length=min(model.context_length, tokens),
         grammars=frozenset({"json_schema", "regex"}),
-        details={"device": "cpu", "dtype": precision or "auto", "cache_tokens": tokens},
+        details=details,
     )
 
 
