@@ -164,18 +164,15 @@ def _constants() -> Any:
 def _convert(path: Path, target: Path) -> None:
     try:
         import torch
-        import transformers
         from safetensors import SafetensorError
+
+        from calpaca.core.gguf_model import load_model
     except ModuleNotFoundError as error:
         raise MissingExtraError("Using a GGUF file", "torch", error.name or "torch") from error
-    options: dict[str, Any] = {"dtype": torch.float16}
-    if hasattr(transformers, "GgufConfig"):  # older versions know no other way than to dequantize
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _alone(path) as folder, without_bars():
-        source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **source, **options)
-            _save_tokenizer(folder / path.name, target, model.config.max_position_embeddings, source)
+            model = load_model(folder / path.name, torch.float16)
+            _save_tokenizer(folder / path.name, target, model.config.max_position_embeddings)
         except (OSError, ValueError, KeyError, NotImplementedError) as error:
             raise UnsupportedError(
                 f"{path.name} cannot be read by transformers: {error}.",
@@ -187,7 +184,7 @@ def _convert(path: Path, target: Path) -> None:
             raise OSError(str(error)) from error
 
 
-def _save_tokenizer(path: Path, target: Path, context_length: int, source: dict[str, Any]) -> None:
+def _save_tokenizer(path: Path, target: Path, context_length: int) -> None:
     """The ids are those that llama.cpp gives; a kind of tokenizer that is not known here is left to transformers."""
     from transformers import AutoTokenizer
 
@@ -197,7 +194,7 @@ def _save_tokenizer(path: Path, target: Path, context_length: int, source: dict[
         files = hugging_face_files(path, context_length)
     except UnsupportedError as error:
         logger.warning("%s Its tokenizer is converted by transformers, which may give other ids.", error.message)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         tokenizer.model_max_length = context_length
         tokenizer.save_pretrained(target)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from calpaca.core.export.gguf_types import K_QUANTS, PLAIN  # noqa: E402
 from calpaca.core.export.hugging_face import plan_hugging_face  # noqa: E402
 from calpaca.core.files import ModelFiles  # noqa: E402
 from calpaca.core.gguf import hf_folder  # noqa: E402
+from calpaca.core.gguf_model import Llama3Rope, find_llama3  # noqa: E402
 from calpaca.core.gguf_tokenizer import tokenizer_files  # noqa: E402
+from calpaca.core.golden import render_golden  # noqa: E402
 from calpaca.core.jobs import Ledger  # noqa: E402
 from calpaca.core.spec import ModelSpec  # noqa: E402
-from calpaca.core.template import NAMED_TEMPLATES, NamedTemplate  # noqa: E402
+from calpaca.core.template import NAMED_TEMPLATES, NamedTemplate, choose_template, find_template  # noqa: E402
 from calpaca.core.tokenizer import load_tokenizer  # noqa: E402
 
 SIZES = {
@@ -151,6 +154,19 @@ def test_biases_of_a_llama_are_reordered_with_their_rows(tmp_path: Path, make) -
     assert "blk.0.attn_q.bias" in tensors(file)
 
 
+def test_a_mistral_is_written_as_a_llama_and_its_window_is_mentioned(tmp_path: Path, make, caplog) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    folder = make("mistral")
+    torch.manual_seed(3)
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=256)).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    file, check = exported(tmp_path, folder)
+    assert fields(file)["general.architecture"] == "llama"
+    assert check.relative < 1e-3
+    assert "looks back at most 256 tokens" in caplog.text
+
+
 def test_tied_embeddings_are_written_once(tmp_path: Path, make) -> None:
     file, check = exported(tmp_path, make("tied", tie_word_embeddings=True), "q4_0")
     found = tensors(file)
@@ -167,8 +183,9 @@ def test_heads_of_their_own_size_are_stated(tmp_path: Path, make) -> None:
     assert check.relative < 1e-3
 
 
-def test_llama_3_scaling_becomes_factors_of_the_frequencies(tmp_path: Path, make) -> None:
+def test_llama_3_scaling_becomes_factors_of_the_frequencies(tmp_path: Path, make, monkeypatch) -> None:
     """transformers computes the stretched frequencies; the file's factors must give the same ones."""
+    monkeypatch.setenv("CALPACA_CACHE", str(tmp_path / "cache"))
     folder = make("llama3", rope_parameters=LLAMA3, dtype="float32", head_dim=64)
     file, check = exported(tmp_path, folder, "f32")
     factors = tensors(file)["rope_freqs.weight"].data
@@ -177,6 +194,18 @@ def test_llama_3_scaling_becomes_factors_of_the_frequencies(tmp_path: Path, make
     assert np.allclose(plain / factors, stretched, rtol=1e-5)
     assert 1.0 == factors[0] < factors[-1] == 8.0
     assert check.relative < 1e-5
+    config = json.loads((hf_folder(file) / "config.json").read_text())
+    assert {key: config["rope_parameters"][key] for key in LLAMA3} == LLAMA3
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_published_stretchings_are_found_again(factor: float, head_dim: int) -> None:
+    rope = Llama3Rope(factor, 1.0, 4.0, 8192)
+    factors = rope.factors(500_000.0, head_dim // 2).astype(np.float32).astype(np.float64)
+    assert find_llama3(factors, 500_000.0) == rope
+    factors[3] *= 1.1
+    assert find_llama3(factors, 500_000.0) is None
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
@@ -334,6 +363,18 @@ def test_the_way_texts_are_cut_is_recognised(tmp_path: Path, make, name: str) ->
     assert kinds == {"<|im_start|>": 3, "<tool_call>": 4, "a": 1}
     assert not told["tokenizer.ggml.add_bos_token"]
     assert told["tokenizer.chat_template"] == NAMED_TEMPLATES["chatml"].source
+
+
+def test_the_file_alone_renders_golden_conversations_to_the_same_ids(tmp_path: Path, make) -> None:
+    """Its template and its vocabulary, without anything of the source."""
+    folder = make("golden")
+    bpe(folder, cutting("qwen2"))
+    file, _ = exported(tmp_path, folder, logits=False)
+    tokenizer, other = load_tokenizer(folder), rebuilt(tmp_path, file)
+    expected = render_golden(choose_template(tokenizer), tokenizer)
+    template = replace(choose_template(other), source=find_template(file))
+    assert render_golden(template, other) == expected
+    assert {each.error for each in expected} == {None}
 
 
 def test_an_unknown_cutting_needs_a_name_and_a_wrong_one_is_found(tmp_path: Path, make, caplog) -> None:

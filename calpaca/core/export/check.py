@@ -17,13 +17,13 @@ from calpaca.core.checkpoint.dtypes import to_torch
 from calpaca.core.checkpoint.plan import PlannedTensor
 from calpaca.core.compare.comparison import PROMPTS, TOLERANCES
 from calpaca.core.errors import ModelError
-from calpaca.core.export.gguf_architecture import GgufArchitecture
 from calpaca.core.export.gguf_tensors import GgufTensor
 from calpaca.core.export.gguf_types import PlainType, Rows, gguf
 from calpaca.core.export.gguf_vocabulary import Vocabulary
 from calpaca.core.export.source import Source
 from calpaca.core.files import ModelFiles
 from calpaca.core.gguf import without_bars
+from calpaca.core.gguf_model import load_model
 from calpaca.core.gguf_tokenizer import CONTROL, NORMAL, USER_DEFINED, tokenizer_files
 from calpaca.core.golden import render_golden
 from calpaca.core.pre_tokenizers import PRE_TOKENIZERS
@@ -183,7 +183,7 @@ def _texts(vocabulary: Vocabulary, tokenizer: Tokenizer, template: ChatTemplate 
 # ---- logits -------------------------------------------------------------------------------------------------------
 
 
-def check_logits(file: Path, source: Source, architecture: GgufArchitecture, kind: str) -> dict[str, Any]:
+def check_logits(file: Path, source: Source, kind: str) -> dict[str, Any]:
     """Run the source and the file on a few prompts with transformers; the fields of `ExportCheck` that say how it went.
 
     `kind` is ggml's name of the type. Raises ModelError when the logits differ by more than it explains. Types of 4 and 5 bits may differ by any
@@ -198,7 +198,7 @@ def check_logits(file: Path, source: Source, architecture: GgufArchitecture, kin
     prompts = [tokenizer.encode(prompt, special_tokens=True)[:_MOST_TOKENS] for prompt in PROMPTS]
     expected = _logits(_built(source), prompts)
     gc.collect()
-    found = _logits(_load(file, source, architecture), prompts)
+    found = _logits(_load(file), prompts)
     gc.collect()
     relative = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)) / max(
         float(each.abs().max()) for each in expected
@@ -230,22 +230,12 @@ def _tensor(planned: PlannedTensor) -> Tensor:
     return data.reshape(planned.shape).float()
 
 
-def _load(file: Path, source: Source, architecture: GgufArchitecture) -> Any:
-    """The model as transformers reads it from the file. It is told what it does not look for there: biases, stretchings."""
+def _load(file: Path) -> Any:
+    """The model as it is read from the file, in float32."""
     import torch
-    import transformers
 
-    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "gguf_file": file.name}
-    if hasattr(transformers, "GgufConfig"):  # older versions know no other way than to dequantize
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with quiet_transformers(), without_bars():
-        config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        for flag in ("attention_bias", "mlp_bias"):
-            if flag in source.config:
-                setattr(config, flag, source.config[flag])
-        if architecture.rope.kind != "default":
-            config.rope_parameters = {**architecture.rope.stated, "rope_theta": config.rope_parameters["rope_theta"]}
-        return transformers.AutoModelForCausalLM.from_pretrained(file.parent, config=config, **options).eval()
+        return load_model(file, torch.float32).eval()
 
 
 def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from calpaca.core.errors import CorruptFileError, UnsupportedError
+from calpaca.core.gguf_model import Llama3Rope
 
 _ARCHITECTURES: Mapping[str, Literal["llama", "qwen2"]] = {
     "LlamaForCausalLM": "llama",
@@ -55,21 +55,15 @@ class GgufArchitecture:
         return self.head_dim if self.name == "llama" and rotary else None
 
     def rope_factors(self) -> np.ndarray[Any, np.dtype[np.float32]] | None:
-        """What each frequency is divided by in Llama 3.1 and later, float32 [head_dim / 2]; None for other models.
-
-        Formula: Llama 3.1's scaling, as in transformers' `_compute_llama3_parameters`.
-        """
+        """What each frequency is divided by in Llama 3.1 and later, float32 [head_dim / 2]; None for other models."""
         if self.rope.kind != "llama3":
             return None
         factor, low, high, original = (
             float(self.rope.stated[key])
             for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         )
-        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
-        wavelengths = 2 * math.pi * np.power(np.float64(self.rope.theta), exponents)
-        smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
-        factors: np.ndarray[Any, np.dtype[np.float32]] = (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
-        return factors
+        factors = Llama3Rope(factor, low, high, original).factors(self.rope.theta, self.head_dim // 2)
+        return factors.astype(np.float32)
 
 
 def read_architecture(config: Mapping[str, Any], name: str, *, tied: bool) -> GgufArchitecture:

@@ -85,7 +85,7 @@ class GgufExport:
     def _logits(self, file: Path, kind: str, wanted: bool) -> dict[str, Any]:
         if not wanted:
             return {"reason": "logits were not compared"}
-        return check_logits(file, self.source, self.architecture, kind)
+        return check_logits(file, self.source, kind)
 
 
 @dataclass

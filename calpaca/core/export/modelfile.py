@@ -139,6 +139,7 @@ def modelfile(weights: str, template: ChatTemplate | None, *, add_bos: bool, ada
     """The file's text. `weights` is the GGUF file beside it, or what Ollama calls the base that `adapter` is put on."""
     lines = [f"FROM {weights}"]
     if adapter is not None:
+        lines.append("# FROM must name the base as Ollama has it: a model of its own, or the base's GGUF file.")
         lines.append(f"ADAPTER ./{adapter}")
     if template is None:
         lines.append("# The model brings no chat template: it continues texts.")
