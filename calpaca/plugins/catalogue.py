@@ -38,7 +38,6 @@ def _known(name: str, entry: dict[str, Any]) -> KnownPlugin:
     return KnownPlugin(name=name, **{**entry, **lists})
 
 
-
 def plugin_offering(app: str) -> KnownPlugin | None:
     """The first-party plugin that brings `app`."""
     return next((plugin for plugin in known_plugins() if app in plugin.apps), None)

@@ -100,6 +100,8 @@ class AppRuns:
                 loop.call_soon_threadsafe(queue.put_nowait, item)
 
         def work() -> None:
+            if stopped.is_set():
+                return  # it waited for a thread, and nobody waits for it any more
             try:
                 events = self._runner(options).stream(text, stopped)
                 for event in events:

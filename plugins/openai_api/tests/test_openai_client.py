@@ -12,6 +12,8 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from calpaca.core.engine import Grammar, Sampling
+
 MODEL = "smollm2-135m-instruct"
 EMBEDDING = "multilingual-e5-small"
 USER = [{"role": "user", "content": "What is a llama? Answer in one sentence."}]
@@ -310,3 +312,20 @@ def test_two_models_at_once_do_not_mix(running):
 
     assert ask("half")[0] == "half"
     assert ask(MODEL) == ask(MODEL)
+
+
+# calpaca's own engine for servers ------------------------------------------------------------------------------------
+
+
+def test_calpacas_remote_engine_gets_the_same_answers_as_the_local_one(running):
+    local = running.api.models.main.load()
+    remote = running.runtime.model(f"{running.url}/v1#{MODEL}")
+    assert remote.engine.capabilities().details["server"] == "calpaca"
+    sampling = Sampling(max_new_tokens=12)
+    messages = [{"role": "user", "content": "Name a mountain."}]
+    theirs, ours = remote.chat(messages, sampling).result(60), local.chat(messages, sampling).result(60)
+    assert (theirs.text, theirs.token_ids, theirs.finish_reason) == (ours.text, ours.token_ids, ours.finish_reason)
+    assert remote.count_tokens(messages) == local.count_tokens(messages)
+    assert remote.engine.encode("Hello there") == local.engine.encode("Hello there")
+    grammar = Grammar("regex", "(yes|no)")
+    assert remote.chat(messages, sampling, grammar=grammar).result(60).text in ("yes", "no")
