@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--online", is_flag=True, help="Also ask the model hubs and the servers of the settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def doctor(online: bool, as_json: bool) -> None:
-    """Show what calpaca finds on this machine, what is broken, and what would make it faster.
+    """Show what calpaca finds here, what is broken and what would help.
 
     Engines are imported in processes of their own, so that a broken one is a line here. No network is asked without
     --online, and no key or password is shown.

@@ -29,7 +29,10 @@ COMMANDS = {
     "plugins": ("calpaca.cli.plugins:plugins", "List the installed plugins and what is wrong with them."),
     "jobs": ("calpaca.cli.jobs:jobs", "List, explain and resume long runs."),
     "bench": ("calpaca.cli.bench:bench", "Measure what runs fastest on this machine."),
-    "doctor": ("calpaca.cli.doctor:doctor", "Show what this machine offers, what is broken, and what would help."),
+    "doctor": (
+        "calpaca.cli.doctor:doctor",
+        "Show what calpaca finds here, what is broken and what would help.",
+    ),
     "settings": ("calpaca.cli.settings:settings", "Show the settings in force and where files lie."),
 }
 """Name: (import path, sentence). The sentences stand here so that `--help` imports no command."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 
@@ -117,19 +118,27 @@ def test_the_folder_answers(smollm2: Path) -> None:
     assert tokenizer.model_max_length == 8192
 
 
+def _kill_conversion(source: Path, converted: Path, moment: str) -> bool:
+    """Start a conversion and kill it when a path of this pattern appears; whether it was still running then."""
+    with subprocess.Popen([sys.executable, "-c", CONVERT, str(source)], stdout=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not list(converted.glob(moment)):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    return process.returncode == -signal.SIGKILL and not any(
+        not path.name.startswith(".") for path in converted.iterdir()
+    )
+
+
 @pytest.mark.parametrize("moment", [".*.part", ".*.part/model.safetensors"], ids=["begun", "writing"])
 def test_a_killed_conversion_leaves_nothing_that_looks_finished(
     smollm2_gguf: Path, own_cache: Path, moment: str
 ) -> None:
-    process = subprocess.Popen([sys.executable, "-c", CONVERT, str(smollm2_gguf)], stdout=subprocess.PIPE)
     converted = own_cache / "converted"
-    deadline = time.monotonic() + 120
-    while not list(converted.glob(moment)):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    while not _kill_conversion(smollm2_gguf, converted, moment):  # it was over before the signal came
+        rmtree(converted)
     (leftover,) = converted.iterdir()
     assert leftover.name.startswith(".")
     from calpaca.core.lock import exclusive
