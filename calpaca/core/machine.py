@@ -29,7 +29,13 @@ INSTRUCTION_SETS: Mapping[str, str] = {
 }  # fmt: skip
 """Flags of the processor that engines make use of, and how people call them."""
 
-_APPLE_FEATURES = {"AdvSIMD": "asimd", "FEAT_DotProd": "asimddp", "FEAT_I8MM": "i8mm", "FEAT_BF16": "bf16", "FEAT_SME": "sme"}
+_APPLE_FEATURES = {
+    "AdvSIMD": "asimd",
+    "FEAT_DotProd": "asimddp",
+    "FEAT_I8MM": "i8mm",
+    "FEAT_BF16": "bf16",
+    "FEAT_SME": "sme",
+}
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,9 @@ def _quota() -> float | None:
 def _physical_cores() -> int | None:
     if sys.platform == "darwin":
         return _number(_sysctl("hw.physicalcpu"))
-    siblings = {_read(path).strip() for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")}
+    siblings = {
+        _read(path).strip() for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")
+    }
     siblings.discard("")
     return len(siblings) or _psutil(lambda psutil: psutil.cpu_count(logical=False))
 
@@ -149,7 +157,10 @@ def _flags() -> frozenset[str]:
 
 
 def describe_memory() -> Memory:
-    sizes = {name: int(size) * 1024 for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", _read("/proc/meminfo"), re.MULTILINE)}
+    sizes = {
+        name: int(size) * 1024
+        for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", _read("/proc/meminfo"), re.MULTILINE)
+    }
     if sizes:
         return Memory(
             sizes.get("MemTotal"), sizes.get("MemAvailable"), sizes.get("SwapTotal"), sizes.get("SwapFree"), _memory_limit()
@@ -185,7 +196,9 @@ def find_gpus() -> tuple[Gpu, ...]:
         return ()
     fields = "name,memory.total,memory.free,driver_version,compute_cap"
     table = _run(program, f"--query-gpu={fields}", "--format=csv,noheader,nounits")
-    return tuple(_gpu([cell.strip() for cell in line.split(",")]) for line in table.splitlines() if line.count(",") == 4)
+    return tuple(
+        _gpu([cell.strip() for cell in line.split(",")]) for line in table.splitlines() if line.count(",") == 4
+    )
 
 
 def _gpu(cells: list[str]) -> Gpu:

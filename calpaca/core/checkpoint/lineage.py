@@ -48,10 +48,14 @@ def versions() -> dict[str, str]:
 def known_weights(path: Path) -> str | None:
     """The digest over all tensors of a folder if it is stated by a manifest that fits the files, or remembered."""
     manifest = read_manifest(path)
-    if manifest is not None and manifest.tensors and all(
-        (path / name).is_file() and file_digest(path / name) == record.sha256
-        for name, record in manifest.files.items()
-        if name in {tensor.file for tensor in manifest.tensors.values()}
+    if (
+        manifest is not None
+        and manifest.tensors
+        and all(
+            (path / name).is_file() and file_digest(path / name) == record.sha256
+            for name, record in manifest.files.items()
+            if name in {tensor.file for tensor in manifest.tensors.values()}
+        )
     ):
         return manifest.weights
     return recall_weights(fingerprint(path))
