@@ -16,6 +16,7 @@ from torch import nn
 
 from calpaca.core.adapters import Adapter, check_adapters
 from calpaca.core.engines.decoder import Decoder, Part
+from calpaca.core.engines.packed import linear
 from calpaca.core.engines.step import Step
 from calpaca.core.errors import AdapterError, UnsupportedError, unknown_name
 from calpaca.core.merge.arithmetic import scaling
@@ -52,7 +53,21 @@ class Factors:
 class Selection:
     """Which adapter each token of the step under way has: `numbers` [tokens, 1], None when none has one."""
 
-    numbers: Tensor | None = None
+    def __init__(self) -> None:
+        self.numbers: Tensor | None = None
+        self._masks: dict[tuple[int, ...], Tensor] = {}
+
+    def choose(self, numbers: Tensor | None) -> None:
+        self.numbers = numbers
+        self._masks.clear()
+
+    def mask(self, owners: tuple[int, ...], like: Tensor) -> Tensor:
+        """[tokens, ranks]: 1 where a rank belongs to the token's adapter, else 0; the same for layers with the same
+        owners."""
+        if owners not in self._masks:
+            assert self.numbers is not None
+            self._masks[owners] = (self.numbers == torch.tensor(owners, device=like.device)).to(like.dtype)
+        return self._masks[owners]
 
 
 class AdaptedLinear(nn.Module):
@@ -66,23 +81,22 @@ class AdaptedLinear(nn.Module):
 
     def arrange(self, width: int, like: Tensor) -> None:
         """Lay the factors out for outputs of `width`, in the dtype and on the device of `like`."""
-        owners = [factors.adapter for factors in self.factors for _ in factors.a]
-        self._owners = torch.tensor(owners, device=like.device)
-        self._a = torch.cat([factors.a for factors in self.factors]).to(like).T.contiguous()
-        self._b = torch.zeros(len(self._owners), width).to(like)
+        self._owners = tuple(factors.adapter for factors in self.factors for _ in factors.a)
+        b = torch.zeros(width, len(self._owners)).to(like)
         begin = 0
         for factors in self.factors:
             end = begin + len(factors.a)
-            self._b[begin:end, factors.part.begin : factors.part.end] = factors.b.T.to(like)
+            b[factors.part.begin : factors.part.end, begin:end] = factors.b.to(like)
             begin = end
+        self._a = linear(torch.cat([factors.a for factors in self.factors]).to(like))
+        self._b = linear(b)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[…, tokens, in] → […, tokens, out]"""
         output: Tensor = self.layer(inputs)
         if self._selection.numbers is not None:
-            ranks = inputs.flatten(0, -2) @ self._a
-            ranks *= self._selection.numbers == self._owners
-            output.flatten(0, -2).addmm_(ranks, self._b)
+            ranks = self._a(inputs)
+            output += self._b(ranks * self._selection.mask(self._owners, ranks))
         return output
 
 
@@ -171,7 +185,7 @@ class LiveAdapters:
     def select(self, step: Step) -> None:
         """Say which adapter each token of a step has."""
         numbers = [span.row.adapter for span in step.spans for _ in span.tokens]
-        self._selection.numbers = torch.tensor(numbers, device=self.like.device)[:, None] if any(numbers) else None
+        self._selection.choose(torch.tensor(numbers, device=self.like.device)[:, None] if any(numbers) else None)
 
     def _parts(self, adapter: Adapter) -> Iterator[tuple[str, Part]]:
         """The modules that an adapter changes, and where they are."""

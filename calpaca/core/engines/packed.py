@@ -32,14 +32,14 @@ class PackedLinear(nn.Module):
         return output
 
 
-def pack(linear: Any) -> Any:
+def pack(layer: Any) -> Any:
     """The layer packed, if that is possible and it is a plain one, or such a one inside of PEFT's; else the layer
     itself."""
-    if type(getattr(linear, "base_layer", None)) is nn.Linear and not getattr(linear, "lora_variant", True):
-        linear.base_layer = pack(linear.base_layer)
-    if type(linear) is not nn.Linear or linear.weight.device.type != "cpu":
-        return linear
-    return PackedLinear(linear) if can_pack(linear.weight.dtype) else linear
+    if type(getattr(layer, "base_layer", None)) is nn.Linear and not getattr(layer, "lora_variant", True):
+        layer.base_layer = pack(layer.base_layer)
+    if type(layer) is not nn.Linear or layer.weight.device.type != "cpu":
+        return layer
+    return PackedLinear(layer) if can_pack(layer.weight.dtype) else layer
 
 
 @cache
@@ -72,10 +72,14 @@ def join(layers: Sequence[Any]) -> Any:
     """Layers with the same input as one: a single matrix where all are plain, else one after the other."""
     if any(type(layer) is not nn.Linear for layer in layers) or len({layer.bias is None for layer in layers}) > 1:
         return Joined([pack(layer) for layer in layers])
-    joined = nn.Linear(
-        layers[0].in_features, sum(layer.out_features for layer in layers), bias=False, device="meta"
-    )  # fmt: skip
-    joined.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
-    if layers[0].bias is not None:
-        joined.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
-    return pack(joined)
+    biases = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return linear(torch.cat([layer.weight for layer in layers]), biases)
+
+
+def linear(weight: Tensor, bias: Tensor | None = None) -> Any:
+    """A layer with this weight [out, in], packed where that is possible."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return pack(layer)
