@@ -43,7 +43,10 @@ class LoopThread:
 
 
 async def _cancel_all() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    """Cancel every task, in rounds: what a task begins while it is asked to end comes in the next one."""
+    own = asyncio.current_task()
+    while tasks := asyncio.all_tasks() - {own}:
+        await asyncio.sleep(0)  # a task cancelled before its first step would leave its coroutine unawaited
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
