@@ -79,3 +79,10 @@ class StopScanner:
             if self._held.endswith(tuple(stop[:size] for stop in self._stops if len(stop) > size)):
                 return size
         return 0
+
+
+def held_back(detokenizer: Detokenizer, scanner: StopScanner) -> str:
+    """The end of an answer's text: an unfinished character, and what was no stop text after all. Empty after a match,
+    also one that the last character completes."""
+    text = "" if scanner.matched is not None else scanner.add(detokenizer.finish())
+    return text if scanner.matched is not None else text + scanner.finish()

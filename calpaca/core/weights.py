@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from calpaca.core.adapters import Adapter, apply_adapters, check_adapters
 from calpaca.core.errors import CorruptFileError, MissingExtraError, ModelError, UnsupportedError, UsageError
 from calpaca.core.files import ModelFiles
+from calpaca.core.machine import describe_memory
 from calpaca.core.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -133,13 +133,8 @@ def choose_dtype(dtype: str, device: str, weights_size: int, config: Any) -> tor
 
 def free_memory() -> int:
     """Bytes of main memory that are free or hold only file caches; the whole memory where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
+    memory = describe_memory()
+    return memory.available or memory.total or 8 << 30
 
 
 def _weights_size(folder: Path) -> int:

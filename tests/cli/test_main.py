@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import subprocess
 import sys
+import time
 
 import click
 import pytest
@@ -57,15 +57,13 @@ def test_import_calpaca_is_light_and_offers_all_its_names() -> None:
         package.nothing  # noqa: B018
 
 
-def test_help_takes_at_most_a_quarter_of_a_second_of_processor_time() -> None:
-    """Processor time, since a machine that is busy with other tests may be slow by the clock."""
+def test_help_takes_at_most_a_quarter_of_a_second() -> None:
     command = [sys.executable, "-m", "calpaca", "--help"]
     times = []
-    for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for _ in range(7):
+        start = time.perf_counter()
         subprocess.run(command, capture_output=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+        times.append(time.perf_counter() - start)
     assert min(times) < 0.25
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from calpaca.core.detokenizer import Detokenizer, StopScanner
+from calpaca.core.detokenizer import Detokenizer, StopScanner, held_back
 from calpaca.core.engine import Chunk, FinishReason, Handle, Request, Timings, Usage
 from calpaca.core.tokenizer import Tokenizer
 
@@ -96,11 +96,8 @@ class Answer:
 
     def _finish(self, reason: FinishReason, text: str = "") -> None:
         """End the answer; what was held back is given out unless a stop text ended it."""
-        if self._scanner.matched is None:
-            text += self._scanner.add(self._detokenizer.finish())
-        if self._scanner.matched is None:
-            text += self._scanner.finish()
-        elif reason == "length":
+        text += held_back(self._detokenizer, self._scanner)
+        if self._scanner.matched is not None and reason == "length":
             reason = "stop"
         now = time.perf_counter()
         self.handle.put(

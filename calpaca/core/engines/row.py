@@ -6,7 +6,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from calpaca.core.detokenizer import Detokenizer, StopScanner
+from calpaca.core.detokenizer import Detokenizer, StopScanner, held_back
 from calpaca.core.engine import Chunk, FinishReason, Handle, Request, Timings, TokenLogprob, Usage
 from calpaca.core.engines.lookup import PromptLookup
 from calpaca.core.engines.slots import Place
@@ -132,11 +132,8 @@ class Row:
 
     def finish(self, reason: FinishReason, text: str = "") -> bool:
         """End the answer; what was held back is given out unless a stop text ended it."""
-        if self._scanner.matched is None:
-            text += self._scanner.add(self._detokenizer.finish())
-        if self._scanner.matched is None:
-            text += self._scanner.finish()
-        elif reason == "length":
+        text += held_back(self._detokenizer, self._scanner)
+        if self._scanner.matched is not None and reason == "length":
             reason = "stop"
         now = time.perf_counter()
         self.handle.put(
