@@ -52,7 +52,7 @@ def engines(
     Each engine runs in a process of its own. The result is kept for this machine and this model.
     """
     from calpaca.core.engine_bench import measure
-    from calpaca.core.engine_choice import check_engines, local_engines, machine, record_measurements
+    from calpaca.core.engine_choice import check_engines, local_engines, machine, model_key, record_measurements
     from calpaca.core.files import find_files
     from calpaca.core.spec import AdapterSpec, ModelSpec
 
@@ -65,7 +65,7 @@ def engines(
     for name in chosen:
         click.echo(f"Measuring {name} …", err=True)
         measurements.append(measure(name, spec, sorted(set(streams))))
-    record_measurements(files.fingerprint, measurements)
+    record_measurements(model_key(files), measurements)
     if plot is not None:
         from calpaca.core.engine_plot import plot_throughput
 

@@ -18,6 +18,7 @@ from calpaca.core.machine import processor_name
 from calpaca.core.paths import atomic_file, data_dir
 
 if TYPE_CHECKING:
+    from calpaca.core.files import ModelFiles
     from calpaca.core.runtime import Runtime
 
 Purpose = Literal["chat", "load"]
@@ -69,7 +70,7 @@ def _file() -> Path:
 
 
 def read_measurements(model: str) -> list[Measurement]:
-    """What was measured on this machine with the model of this fingerprint. A damaged file counts as empty."""
+    """What was measured on this machine with the model of this key. A damaged file counts as empty."""
     try:
         records = json.loads(_file().read_text("utf-8"))[machine()][model]
         return [_measurement(record) for record in records]
@@ -96,15 +97,24 @@ def _measurement(record: Mapping[str, object]) -> Measurement:
     return Measurement(**{**record, "tokens_per_second": {int(streams): speed for streams, speed in speeds.items()}})  # type: ignore[arg-type]
 
 
-def choose_engine(runtime: Runtime, fingerprint: str | None, purpose: Purpose = "chat") -> str:
-    """The engine that `auto` means for a model; `fingerprint` None where it is not worth hashing.
+def model_key(files: ModelFiles) -> str:
+    """What measurements of a model are kept under: its contents, and the dtype it is to run in."""
+    return f"{files.fingerprint} {files.spec.dtype}"
 
-    An engine that ran quantized weights is never chosen for its speed: it gives other answers.
+
+def choose_engine(files: ModelFiles, runtime: Runtime) -> str:
+    """The engine that `auto` means for a model.
+
+    An engine that ran quantized weights is never chosen for its speed: it gives other answers. What only the default
+    engine does (CUDA, bitsandbytes, code of a model's own) is left to it.
     """
-    measured = [] if fingerprint is None else read_measurements(fingerprint)
+    spec = files.spec
+    if spec.device.startswith("cuda") or spec.quantization is not None or spec.trust_remote_code:
+        return DEFAULT
+    measured = read_measurements(model_key(files)) if anything_measured() else []  # hashing takes its time
     usable = [each for each in measured if each.error is None and each.whole and is_installed(each.engine, runtime)]
     if usable:
-        return max(usable, key=lambda each: each.speed(purpose)).engine
+        return max(usable, key=lambda each: each.speed(runtime.purpose)).engine
     if find_spec("torch") is None:
         return next((name for name in _WITHOUT_TORCH if is_installed(name, runtime)), DEFAULT)
     return DEFAULT

@@ -35,6 +35,7 @@ class Model:
     @classmethod
     def load(cls, spec: ModelSpec, runtime: Runtime) -> Model:
         """Find the weights, check them, and open an engine on them; or ask a server for it. Raises ModelError."""
+        from calpaca.core.engine_choice import choose_engine
         from calpaca.core.files import find_files
 
         if not runtime.is_local(spec):
@@ -42,7 +43,7 @@ class Model:
             return cls(str(remote.capabilities().details["model"]), spec, remote, remote.template)
         files = find_files(spec, runtime)
         Thread(target=_warm, args=[files], daemon=True).start()
-        engine_name = _choose_engine(files, runtime) if spec.engine == "auto" else spec.engine
+        engine_name = choose_engine(files, runtime) if spec.engine == "auto" else spec.engine
         engine = runtime.engines.get(engine_name).load()(files, runtime)
         return cls(files.name, spec, engine, engine.template, files)
 
@@ -106,13 +107,6 @@ class Model:
 
     def close(self) -> None:
         self.engine.close()
-
-
-def _choose_engine(files: ModelFiles, runtime: Runtime) -> str:
-    from calpaca.core.engine_choice import anything_measured, choose_engine
-
-    fingerprint = files.fingerprint if anything_measured() else None
-    return choose_engine(runtime, fingerprint, runtime.purpose)
 
 
 def _warm(files: ModelFiles) -> None:

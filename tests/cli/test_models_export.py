@@ -108,7 +108,7 @@ def test_a_hugging_face_folder_has_a_manifest(calpaca, model: Path, adapter: Pat
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--type", "q9_0"], 3, "Unknown GGUF type 'q9_0'"),
+        (["--type", "q9_0"], 2, "Unknown GGUF type 'q9_0'"),
         (["--format", "hf", "--type", "q8_0"], 2, "--type is for GGUF files"),
         (["--base", "tiny", "--format", "hf"], 2, "NAME is the adapter"),
     ],

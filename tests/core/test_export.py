@@ -473,7 +473,7 @@ def test_unknown_types_and_those_of_llama_cpp_alone_are_refused(tmp_path: Path, 
     with pytest.raises(UnsupportedError, match="llama-quantize") as refused:
         plan_gguf(files, GgufOptions("q4_k_m"))
     assert "q8_0" in refused.value.hint
-    with pytest.raises(UnsupportedError, match="Unknown GGUF type 'q9_0'"):
+    with pytest.raises(UsageError, match="Unknown GGUF type 'q9_0'"):
         plan_gguf(files, GgufOptions("q9_0"))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from calpaca.core.errors import MissingExtraError, UnsupportedError, unknown_name
+from calpaca.core.errors import MissingExtraError, UnsupportedError, UsageError, unknown_name
 
 Rows = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -100,7 +100,7 @@ def plain_type(name: str) -> PlainType:
             f"Install llama.cpp and put its llama-quantize on the PATH, or take a plain type: {', '.join(PLAIN)}.",
         )
     message, hint = unknown_name("GGUF type", name, (*PLAIN, *K_QUANTS))
-    raise UnsupportedError(message, hint)
+    raise UsageError(message, hint)
 
 
 def type_of(name: str, shape: tuple[int, ...], wanted: PlainType, *, tied: bool) -> PlainType:
