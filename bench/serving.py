@@ -116,6 +116,13 @@ def one(bench: Bench) -> None:
 
 
 @scenario
+def first(bench: Bench) -> None:
+    """Time to first token: one token after prompts of 24 and 400, nothing of them kept."""
+    for length in (24, 400):
+        bench.compare(f"first token after {length}", [exactly(bench.prompt(length), 1)])
+
+
+@scenario
 def many(bench: Bench) -> None:
     """32 requests, prompts of 8 to 120 tokens, answers of 64 each."""
     lengths = random.Random(1)

@@ -25,7 +25,11 @@ class Sampling:
     """How tokens are chosen. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off.
 
     `max_new_tokens` None means 512 or what is left of the context, whichever is less; a number that does not fit is an
-    error. `logprobs` is how many alternatives are reported beside each chosen token. Raises UsageError out of range.
+    error, and 0 is only for requests that score their prompt. `min_p` keeps tokens of at least this share of the
+    likeliest one's probability. `frequency_penalty` (for each occurrence) and `presence_penalty` (once) are subtracted
+    from the logits of tokens that the answer has so far, as OpenAI's API defines them; `repetition_penalty` looks at the
+    prompt too. `logit_bias` is added to the logits of token ids, before any grammar. `logprobs` is how many alternatives
+    are reported beside each chosen token. Raises UsageError out of range.
     """
 
     max_new_tokens: int | None = None
@@ -36,20 +40,33 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         bounds: tuple[tuple[str, bool, str], ...] = (
-            ("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "at least 1"),
+            ("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 0, "0 or more"),
             ("temperature", 0.0 <= self.temperature < float("inf"), "0 or more"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("repetition_penalty", self.repetition_penalty > 0.0, "above 0"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
             ("stop", all(self.stop), "texts of at least one character"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
+            ("logit_bias", _is_bias(self.logit_bias), "a value between -100 and 100 for each token id, named once"),
         )
         for name, holds, allowed in bounds:
             if not holds:
                 raise UsageError(f"{name} is {getattr(self, name)!r}.", f"It must be {allowed}.")
+
+
+def _is_bias(pairs: tuple[tuple[int, float], ...]) -> bool:
+    ids = {token_id for token_id, _ in pairs}
+    return len(ids) == len(pairs) and all(token_id >= 0 and -100.0 <= value <= 100.0 for token_id, value in pairs)
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,9 @@ class Request:
     `adapter` names a loaded adapter; `cache_key` groups requests that share a prefix, for engines that cache by key.
     `new_text` says that the answer is a text of its own (a chat's) and does not continue the prompt's: the space that
     SentencePiece puts before every text is then left out. `conversation` stands in place of an empty `prompt`, for
-    engines that render it themselves (`Capabilities.conversations`).
+    engines that render it themselves (`Capabilities.conversations`). `prompt_logprobs` asks for the log probabilities of
+    the prompt's own tokens, and is how many alternatives are reported beside each; the answer may then be of 0 tokens.
+    Raises UsageError out of range.
     """
 
     prompt: str | tuple[int, ...]
@@ -85,6 +104,13 @@ class Request:
     cache_key: str | None = None
     new_text: bool = False
     conversation: Conversation | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt_logprobs is not None and not 0 <= self.prompt_logprobs <= 20:
+            raise UsageError(f"prompt_logprobs is {self.prompt_logprobs!r}.", "It must be between 0 and 20.")
+        if self.sampling.max_new_tokens == 0 and self.prompt_logprobs is None:
+            raise UsageError("max_new_tokens is 0.", "It must be at least 1, unless prompt_logprobs are asked for.")
 
 
 @dataclass(frozen=True)
@@ -133,7 +159,8 @@ class Timings:
 @dataclass(frozen=True)
 class Chunk:
     """A piece of an answer. The last one carries `finish_reason`, `usage` and `timings`; `stop` is the text that ended
-    it, where a stop text did."""
+    it, where a stop text did. The first one carries `prompt_logprobs`, where they were asked for: an entry for every
+    token of the prompt, None for the first, which nothing precedes."""
 
     text: str
     token_ids: tuple[int, ...] = ()
@@ -142,6 +169,7 @@ class Chunk:
     stop: str | None = None
     usage: Usage | None = None
     timings: Timings | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,6 +183,7 @@ class Completion:
     stop: str | None
     usage: Usage
     timings: Timings
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 class Handle:
@@ -286,6 +315,7 @@ class Handle:
             stop=last.stop,
             usage=last.usage or Usage(),
             timings=last.timings or Timings(0.0, 0.0),
+            prompt_logprobs=self._chunks[0].prompt_logprobs,
         )
 
 
@@ -296,7 +326,7 @@ class Capabilities:
     `context_length` is None where a server does not tell it. `token_ids`: it takes them as a prompt, and encodes text.
     `stop_texts`: the last chunk says which one ended the answer. `unsupported` names fields of `Sampling` that it
     refuses. `conversations`: it renders them itself, counts their tokens (`ConversationEngine`), and decides what is put
-    around a plain text, such as bos.
+    around a plain text, such as bos. `prompt_logprobs`: it gives them, with up to `max_logprobs` alternatives.
     """
 
     context_length: int | None
@@ -308,6 +338,7 @@ class Capabilities:
     batching: bool = True
     conversations: bool = False
     stop_texts: bool = True
+    prompt_logprobs: bool = False
     unsupported: frozenset[str] = frozenset()
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -394,6 +425,10 @@ def refuse_unsupported(engine: str, capabilities: Capabilities, request: Request
          f"It gives at most {capabilities.max_logprobs}; use --engine transformers."),
         (request.sampling.logprobs is not None and capabilities.max_logprobs == 0, "logprobs",
          "Use --engine transformers."),
+        (request.prompt_logprobs is not None and not capabilities.prompt_logprobs, "prompt_logprobs",
+         "Use --engine transformers."),
+        ((request.prompt_logprobs or 0) > capabilities.max_logprobs, f"{request.prompt_logprobs} prompt_logprobs",
+         f"It gives at most {capabilities.max_logprobs}."),
         (request.sampling.seed is not None and not capabilities.seed, "a seed", "Use --engine transformers."),
     )  # fmt: skip
     for refused, what, hint in asked:

@@ -99,7 +99,10 @@ class FakeEngine:
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            context_length=self._context_length, max_logprobs=20, grammars=frozenset({"json_schema", "regex", "lark"})
+            context_length=self._context_length,
+            max_logprobs=20,
+            grammars=frozenset({"json_schema", "regex", "lark"}),
+            unsupported=frozenset({"min_p", "frequency_penalty", "presence_penalty", "logit_bias"}),
         )
 
     def encode(self, text: str | tuple[str, ...], *, special_tokens: bool = False) -> list[int]:  # noqa: ARG002  # it has none

@@ -86,7 +86,7 @@ def start_engine(files: ModelFiles, weights: Path, *, slots: int = SLOTS, isolat
     capabilities = Capabilities(
         context_length=context,
         grammars=KINDS,
-        seed=True,
+        unsupported=frozenset({"min_p", "frequency_penalty", "presence_penalty", "logit_bias"}),
         details={"device": "cpu", "dtype": files.spec.dtype, "weights": stored_type(weights), "slots": slots},
     )
     return NativeEngine(NAME, worker, model, capabilities, _translate)

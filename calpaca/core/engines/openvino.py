@@ -89,6 +89,7 @@ def _capabilities(model: NativeModel, tokens: int, details: Mapping[str, Any]) -
     return Capabilities(
         context_length=min(model.context_length, tokens),
         grammars=frozenset({"json_schema", "regex"}),
+        unsupported=frozenset({"min_p", "frequency_penalty", "presence_penalty", "logit_bias"}),
         details=details,
     )
 

@@ -97,6 +97,7 @@ class TransformersEngine:
             max_logprobs=20,
             grammars=KINDS,
             adapters=self._decoder.slots,
+            unsupported=frozenset({"min_p", "frequency_penalty", "presence_penalty", "logit_bias"}),
             details={"device": str(self._device), "dtype": str(self._dtype).removeprefix("torch.")},
         )
 

@@ -16,7 +16,7 @@ from calpaca.core.errors import UnsupportedError, UsageError
 _JSON_ONLY = frozenset({"json_schema"})
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """White space as models were trained on it; a small one loses itself in more. Only llguidance reads it."""
-_EXTRAS = frozenset({"top_k", "repetition_penalty"})
+_EXTRAS = frozenset({"top_k", "repetition_penalty", "min_p", "frequency_penalty", "presence_penalty", "logit_bias"})
 
 
 @dataclass(frozen=True)
