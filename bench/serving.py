@@ -50,7 +50,7 @@ class Bench:
 
     def run(self, requests: list[Request]) -> None:
         """All requests at once, without what is kept of earlier ones."""
-        self.engine._prefixes.clear()
+        self.engine.batch.prefixes.clear()
         for handle in [self.engine.submit(request) for request in requests]:
             handle.result()
 

@@ -32,6 +32,7 @@ from calpaca.core.engine import (
     Handle,
     Request,
     Sampling,
+    TokenLogprob,
 )
 from calpaca.core.errors import CalpacaError, ContextOverflowError, UnsupportedError
 
@@ -204,6 +205,68 @@ class EngineContract:
         assert len(answer.logprobs) == 4
         assert all(entry.top == () for entry in answer.logprobs)
 
+    # What a prompt's own tokens are worth ------------------------------------------------------------------------
+    def test_a_prompt_is_scored_as_its_tokens_would_be_generated(self, engine: Engine) -> None:
+        _needs(engine.capabilities().prompt_logprobs, "prompt_logprobs")
+        ids = list(engine.encode(PROMPTS[0]))
+        generated: list[TokenLogprob] = []
+        for _ in range(3):
+            answer = _answer(engine, tuple(ids), max_new_tokens=1, logprobs=1)
+            ids += answer.token_ids
+            generated += answer.logprobs
+        scored = _score(engine, tuple(ids), alternatives=1)
+        assert (scored.text, scored.finish_reason) == ("", "length")
+        assert (scored.usage.prompt_tokens, scored.usage.completion_tokens) == (len(ids), 0)
+        first, *others = scored.prompt_logprobs
+        assert first is None and [entry.token_id for entry in others if entry is not None] == ids[1:]
+        for expected, entry in zip(generated, others[-3:], strict=True):
+            assert entry is not None
+            assert (entry.token_id, entry.text) == (expected.token_id, expected.text)
+            assert entry.logprob == pytest.approx(expected.logprob, abs=1e-3)
+            assert [token for token, _, _ in entry.top] == [expected.top[0][0]]
+
+    def test_prompts_that_are_scored_together_are_scored_as_alone(self, engine: Engine) -> None:
+        _needs(engine.capabilities().prompt_logprobs, "prompt_logprobs")
+        alone = [_values(_score(engine, prompt)) for prompt in PROMPTS]
+        handles = [engine.submit(_scoring(prompt)) for prompt in PROMPTS]
+        company = [engine.submit(_request(prompt, max_new_tokens=20)) for prompt in PROMPTS]
+        for handle, expected in zip(handles, alone, strict=True):
+            assert _values(handle.result(PATIENCE)) == pytest.approx(expected, abs=1e-3)
+        assert all(handle.result(PATIENCE).prompt_logprobs == () for handle in company)
+
+    def test_a_scored_prompt_may_be_answered_too(self, engine: Engine) -> None:
+        _needs(engine.capabilities().prompt_logprobs, "prompt_logprobs")
+        first, *others = engine.submit(Request(PROMPTS[0], Sampling(max_new_tokens=6), prompt_logprobs=0))
+        assert len(first.prompt_logprobs) == len(engine.encode(PROMPTS[0]))
+        assert all(chunk.prompt_logprobs == () for chunk in others)
+        text = "".join(chunk.text for chunk in (first, *others))
+        assert text == _answer(engine, PROMPTS[0], max_new_tokens=6).text
+
+    # Bias and penalties ------------------------------------------------------------------------------------------
+    def test_a_bias_decides_what_is_said(self, engine: Engine) -> None:
+        _needs("logit_bias" not in engine.capabilities().unsupported, "logit_bias")
+        _needs(engine.capabilities().token_ids, "token ids")
+        wanted, banned = engine.encode("b")[0], engine.encode(_answer(engine, PROMPTS[0], max_new_tokens=1).text)[0]
+        forced = _answer(engine, PROMPTS[0], max_new_tokens=3, logit_bias=((wanted, 100.0),))
+        assert forced.text == engine.decode([wanted]) * 3
+        without = _answer(engine, PROMPTS[0], max_new_tokens=8, logit_bias=((banned, -100.0),))
+        assert engine.decode([banned]) != without.text[: len(engine.decode([banned]))]
+
+    def test_penalties_count_the_answer_only(self, engine: Engine) -> None:
+        for name in ("frequency_penalty", "presence_penalty"):
+            if name in engine.capabilities().unsupported:
+                continue
+            first = _answer(engine, PROMPTS[0], max_new_tokens=1)
+            assert _answer(engine, PROMPTS[0], max_new_tokens=1, **{name: 2.0}).text == first.text
+            repeated = _answer(engine, PROMPTS[1], max_new_tokens=48).text
+            assert _answer(engine, PROMPTS[1], max_new_tokens=48, **{name: 2.0}).text != repeated
+            assert _answer(engine, PROMPTS[1], max_new_tokens=48).text == repeated
+
+    def test_min_p_1_is_greedy(self, engine: Engine) -> None:
+        _needs("min_p" not in engine.capabilities().unsupported, "min_p")
+        greedy = _answer(engine, PROMPTS[0]).text
+        assert _answer(engine, PROMPTS[0], temperature=1.5, min_p=1.0, seed=3).text == greedy
+
     # Cancelling ----------------------------------------------------------------------------------------------------
     def test_cancelling_frees_the_slots(self, engine: Engine) -> None:
         handles = [_long(engine) for _ in range(12)]
@@ -259,6 +322,14 @@ class EngineContract:
                 "repetition_penalty" in can.unsupported,
                 Request("a", Sampling(repetition_penalty=1.5)),
             ),
+            "min_p": ("min_p" in can.unsupported, Request("a", Sampling(temperature=1.0, min_p=0.1))),
+            "frequency_penalty": (
+                "frequency_penalty" in can.unsupported,
+                Request("a", Sampling(frequency_penalty=0.5)),
+            ),
+            "presence_penalty": ("presence_penalty" in can.unsupported, Request("a", Sampling(presence_penalty=0.5))),
+            "logit_bias": ("logit_bias" in can.unsupported, Request("a", Sampling(logit_bias=((1, 1.0),)))),
+            "prompt_logprobs": (not can.prompt_logprobs, Request("a", prompt_logprobs=0)),
             "token ids": (not can.token_ids, Request((1, 2))),
             "conversation": (
                 not can.conversations,
@@ -327,6 +398,18 @@ def _request(prompt: str | tuple[int, ...], **sampling: Any) -> Request:
 
 def _answer(engine: Engine, prompt: str | tuple[int, ...], **sampling: Any) -> Completion:
     return engine.submit(_request(prompt, **sampling)).result(PATIENCE)
+
+
+def _scoring(prompt: str | tuple[int, ...], alternatives: int = 0) -> Request:
+    return Request(prompt, Sampling(max_new_tokens=0), prompt_logprobs=alternatives)
+
+
+def _score(engine: Engine, prompt: str | tuple[int, ...], alternatives: int = 0) -> Completion:
+    return engine.submit(_scoring(prompt, alternatives)).result(PATIENCE)
+
+
+def _values(answer: Completion) -> list[float]:
+    return [entry.logprob for entry in answer.prompt_logprobs if entry is not None]
 
 
 def _long(engine: Engine) -> Handle:

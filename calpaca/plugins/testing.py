@@ -35,6 +35,7 @@ from calpaca.core.engine import (
     Usage,
     refuse_unsupported,
 )
+from calpaca.core.engines.limits import check_bias
 from calpaca.core.errors import ContextOverflowError, ModelError, UsageError
 from calpaca.core.model import Model
 from calpaca.core.runtime import Runtime
@@ -101,8 +102,8 @@ class FakeEngine:
         return Capabilities(
             context_length=self._context_length,
             max_logprobs=20,
+            prompt_logprobs=True,
             grammars=frozenset({"json_schema", "regex", "lark"}),
-            unsupported=frozenset({"min_p", "frequency_penalty", "presence_penalty", "logit_bias"}),
         )
 
     def encode(self, text: str | tuple[str, ...], *, special_tokens: bool = False) -> list[int]:  # noqa: ARG002  # it has none
@@ -115,6 +116,7 @@ class FakeEngine:
         if self._closed.is_set():
             raise ModelError("The fake engine is closed.", "Make another one.")
         refuse_unsupported(self.name, self.capabilities(), request)
+        check_bias(request.sampling, _VOCABULARY)
         ids = self.encode(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
         room = _room(len(ids), request.sampling.max_new_tokens, self._context_length)
         matcher = _matcher(request.grammar) if request.grammar is not None else None
@@ -126,7 +128,7 @@ class FakeEngine:
             answer = self._script(prompt)
             self.running += 1
             self.peak = max(self.peak, self.running)
-        work = _Work(request.sampling, ids, room, answer, matcher, Handle(cancelled.set), cancelled)
+        work = _Work(request, ids, room, answer, matcher, Handle(cancelled.set), cancelled)
         self._slots.submit(self._run, work)
         return work.handle
 
@@ -161,12 +163,13 @@ class FakeEngine:
                 finish, stop, used = "cancelled", None, given
                 break
             part = tuple(tokens[given : given + len(piece.encode())])
-            yield Chunk(piece, part, work.logprobs(part, given))
+            yield Chunk(piece, part, work.logprobs(part, given), prompt_logprobs=work.prompt_logprobs(given))
             given += len(part)
         rest = () if stop is not None or finish == "cancelled" else tuple(tokens[given:])
         seconds = time.monotonic() - work.started
         yield Chunk(
-            "", rest, work.logprobs(rest, given), finish, stop, Usage(len(work.prompt), used), Timings(seconds, seconds)
+            "", rest, work.logprobs(rest, given), finish, stop, Usage(len(work.prompt), used), Timings(seconds, seconds),
+            work.prompt_logprobs(given),
         )  # fmt: skip
 
 
@@ -174,7 +177,7 @@ class FakeEngine:
 class _Work:
     """One request in hand, and the tokens that answer it."""
 
-    sampling: Sampling
+    request: Request
     prompt: list[int]
     room: int | None
     answer: str | Exception | None
@@ -182,6 +185,10 @@ class _Work:
     handle: Handle
     cancelled: threading.Event
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.request.sampling
 
     def tokens(self) -> tuple[list[int], FinishReason]:
         """The answer before stop texts are applied, without the end-of-sequence token."""
@@ -205,8 +212,8 @@ class _Work:
     def _babble(self) -> tuple[list[int], FinishReason]:
         random = np.random.default_rng(self.sampling.seed)
         tokens: list[int] = []
-        while len(tokens) < (self.room or 512):
-            logits = self._logits(len(tokens))
+        while len(tokens) < (512 if self.room is None else self.room):
+            logits = _logits(self.prompt, len(tokens))
             if self.matcher is not None:
                 logits[_CLOSING], logits[_EOS], logits[_WHITESPACE] = 20.0, 21.0, 2 * _UNLIKELY
                 allowed = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
@@ -219,14 +226,6 @@ class _Work:
                 self.matcher.consume_token(token)
         return tokens, "length"
 
-    def _logits(self, position: int) -> NDArray[np.float64]:
-        """[vocabulary]; the end grows likelier with every token, and a scripted token is nearly certain."""
-        random = np.random.default_rng((zlib.crc32(bytes(self.prompt)), position))
-        logits = np.full(_VOCABULARY, _UNLIKELY)
-        logits[_ALPHABET] = random.normal(0.0, 2.0, len(_ALPHABET))
-        logits[_EOS] = 0.05 * position - 4.0
-        return logits
-
     def logprobs(self, tokens: Sequence[int], start: int) -> tuple[TokenLogprob, ...]:
         """Log probabilities of the tokens from position `start` on, if the request asks for them."""
         if self.sampling.logprobs is None:
@@ -234,13 +233,37 @@ class _Work:
         return tuple(self._logprob(token, start + index) for index, token in enumerate(tokens))
 
     def _logprob(self, token: int, position: int) -> TokenLogprob:
-        logits = self._logits(position)
+        logits = _logits(self.prompt, position)
         if self.answer is not None:
             logits[token] += _SCRIPTED
-        logs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
-        likeliest = np.argsort(-logs, kind="stable")[: self.sampling.logprobs]
-        top = tuple((int(other), _byte_text(int(other)), float(logs[other])) for other in likeliest)
-        return TokenLogprob(token, _byte_text(token), float(logs[token]), top)
+        return _logprob(logits, token, self.sampling.logprobs or 0)
+
+    def prompt_logprobs(self, given: int) -> tuple[TokenLogprob | None, ...]:
+        """Those of the prompt's tokens, with the first chunk, before which nothing was `given`. Every token has the
+        probability that it would have as the first of an answer."""
+        count = self.request.prompt_logprobs
+        if count is None or given:
+            return ()
+        scored = (
+            _logprob(_logits(self.prompt[:end], 0), self.prompt[end], count) for end in range(1, len(self.prompt))
+        )
+        return (None, *scored)
+
+
+def _logits(prompt: list[int], position: int) -> NDArray[np.float64]:
+    """[vocabulary] for the token at a position of the answer; the end grows likelier with every token."""
+    random = np.random.default_rng((zlib.crc32(bytes(prompt)), position))
+    logits = np.full(_VOCABULARY, _UNLIKELY)
+    logits[_ALPHABET] = random.normal(0.0, 2.0, len(_ALPHABET))
+    logits[_EOS] = 0.05 * position - 4.0
+    return logits
+
+
+def _logprob(logits: NDArray[np.float64], token: int, alternatives: int) -> TokenLogprob:
+    logs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+    likeliest = np.argsort(-logs, kind="stable")[:alternatives]
+    top = tuple((int(other), _byte_text(int(other)), float(logs[other])) for other in likeliest)
+    return TokenLogprob(token, _byte_text(token), float(logs[token]), top)
 
 
 def _byte_text(token: int) -> str:
@@ -260,8 +283,9 @@ def _script(answers: Answers | None) -> Callable[[str], str | Exception | None]:
 
 def _room(prompt: int, wanted: int | None, context_length: int) -> int | None:
     """How many tokens may follow; None is all that the script has. Raises ContextOverflowError."""
-    if prompt + (wanted or 1) > context_length:
-        raise ContextOverflowError(prompt, wanted or 1, context_length)
+    least = 1 if wanted is None else wanted
+    if prompt + least > context_length:
+        raise ContextOverflowError(prompt, least, context_length)
     return wanted
 
 
@@ -280,16 +304,20 @@ def _matcher(grammar: Grammar) -> Any:
 
 def _choose(logits: NDArray[np.float64], sampling: Sampling, before: list[int], random: np.random.Generator) -> int:
     """The next token."""
-    seen = np.array(sorted(set(before)), dtype=int)
+    for token, value in sampling.logit_bias:
+        logits[token] += value
+    seen, counts = np.unique(np.array(before, dtype=int), return_counts=True)
     penalty = sampling.repetition_penalty
     logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    logits[seen] -= sampling.frequency_penalty * counts + sampling.presence_penalty
     order = np.argsort(-logits, kind="stable")
     if sampling.temperature == 0:
         return int(order[0])
     order = order[: sampling.top_k or None]
     scaled = np.exp((logits[order] - logits[order[0]]) / sampling.temperature)
     probabilities = scaled / scaled.sum()
-    kept = int(np.searchsorted(np.cumsum(probabilities), sampling.top_p)) + 1
+    likely = int((probabilities >= sampling.min_p * probabilities[0]).sum())
+    kept = min(int(np.searchsorted(np.cumsum(probabilities), sampling.top_p)) + 1, likely)
     probabilities = probabilities[:kept] / probabilities[:kept].sum()
     return int(random.choice(order[:kept], p=probabilities))
 

@@ -97,9 +97,9 @@ def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on(smollm2_engin
     assert list(handles[3].result().token_ids) == alone
     assert {handle.result().finish_reason for handle in handles[:3]} <= {"cancelled", "length"}
     deadline = time.monotonic() + 2  # a reader may learn of the end a moment before the batch is tidied up
-    while smollm2_engine._rows and time.monotonic() < deadline:
+    while smollm2_engine.batch.rows and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert smollm2_engine._rows == []
+    assert smollm2_engine.batch.rows == []
 
 
 def test_ids_outside_the_vocabulary_are_refused(smollm2_engine: TransformersEngine) -> None:

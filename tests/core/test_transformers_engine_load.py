@@ -15,7 +15,8 @@ import pytest
 
 from calpaca.core.engine import Request, Sampling
 from calpaca.core.engines import slots
-from calpaca.core.engines.transformers import MAX_ROWS, TransformersEngine
+from calpaca.core.engines.batch import MAX_ROWS
+from calpaca.core.engines.transformers import TransformersEngine
 from calpaca.core.errors import ModelError
 from calpaca.core.tokenizer import load_tokenizer
 from calpaca.core.weights import LoadedWeights
@@ -45,14 +46,14 @@ def prompt(tokens: int, seed: int = 0) -> tuple[int, ...]:
 def settle(engine: TransformersEngine) -> None:
     """Wait until nothing is under way."""
     deadline = time.monotonic() + 30
-    while engine._rows or engine._waiting:
+    while engine.batch.rows or engine.batch.waiting:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def test_a_request_that_comes_at_step_50_starts_by_step_52(engine: TransformersEngine) -> None:
     steps: list[set[Any]] = []
-    decode = engine._decoder
+    decode = engine.batch.decoder
     late: list[Any] = []
 
     class Watched:
@@ -65,7 +66,7 @@ def test_a_request_that_comes_at_step_50_starts_by_step_52(engine: TransformersE
                 late.append(engine.submit(Request(prompt(8, 9), Sampling(max_new_tokens=4))))
             return decode(step)
 
-    engine._decoder = Watched()
+    engine.batch.decoder = Watched()
     running = [engine.submit(Request(prompt(8, seed), Sampling(max_new_tokens=80))) for seed in range(4)]
     for handle in running:
         handle.result(60)
@@ -74,8 +75,8 @@ def test_a_request_that_comes_at_step_50_starts_by_step_52(engine: TransformersE
 
 
 def test_a_long_prompt_does_not_hold_up_answers_under_way(engine: TransformersEngine) -> None:
-    engine._pace.piece = 32
-    engine._pace.note = lambda *_: None
+    engine.batch.pace.piece = 32
+    engine.batch.pace.note = lambda *_: None
     running = engine.submit(Request(prompt(8), Sampling(max_new_tokens=200)))
     next(chunks := iter(running))
     long = engine.submit(Request(prompt(2000), Sampling(max_new_tokens=1)))
@@ -110,8 +111,8 @@ def test_200_random_cancels_leave_no_busy_slot(engine: TransformersEngine) -> No
         handle.cancel()
     assert {handle.result(60).finish_reason for handle in handles} <= {"cancelled", "length"}
     settle(engine)
-    assert engine._cache._running() == []
-    assert all(not shelf.layers for shelf in engine._cache.shelves.values())
+    assert engine.batch.cache._running() == []
+    assert all(not shelf.layers for shelf in engine.batch.cache.shelves.values())
 
 
 def test_memory_is_flat_over_1000_requests(engine: TransformersEngine) -> None:
@@ -122,20 +123,20 @@ def test_memory_is_flat_over_1000_requests(engine: TransformersEngine) -> None:
             for handle in handles:
                 handle.result(60)
 
-    engine._prefixes.keep = lambda *_: None  # its bound has a test of its own
+    engine.batch.prefixes.keep = lambda *_: None  # its bound has a test of its own
     ask(range(8))  # oneDNN keeps a routine for each shape that it has seen
     gc.collect()
     before = resident()
     ask(range(8, 18))
     gc.collect()
     assert resident() - before < 16 << 20
-    assert len(engine._decoder.__dict__) < 12
+    assert len(engine.batch.decoder.__dict__) < 12
 
 
 def test_a_row_waits_for_memory_that_others_use_and_one_that_never_fits_is_refused(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    token = engine._cache._token_bytes
+    token = engine.batch.cache._token_bytes
     monkeypatch.setattr(slots, "free_memory", lambda: slots.KEPT_FREE + 600 * token)
     handles = [engine.submit(Request(prompt(100, seed), Sampling(max_new_tokens=300))) for seed in range(3)]
     assert {handle.result(60).finish_reason for handle in handles} == {"length"}

@@ -70,7 +70,7 @@ def test_tokens_equal_those_of_generate(model: Callable[[], Any], decoder: type[
     weights = LoadedWeights(copy.deepcopy(reference), load_tokenizer(smollm2), 49152, 512, ())
     engine = TransformersEngine(weights)
     try:
-        assert type(engine._decoder) is decoder
+        assert type(engine.batch.decoder) is decoder
         handles = [engine.submit(Request(tuple(prompt), Sampling(max_new_tokens=20))) for prompt in PROMPTS]
         assert [list(handle.result(60).token_ids) for handle in handles] == wanted
     finally:

@@ -35,8 +35,8 @@ def ask(engine: TransformersEngine, prompt: list[int], new_tokens: int = 12, **s
 
 
 def forget(engine: TransformersEngine) -> None:
-    engine._prefixes.clear()
-    assert engine._prefixes.bytes == 0
+    engine.batch.prefixes.clear()
+    assert engine.batch.prefixes.bytes == 0
 
 
 def test_a_follow_up_reuses_what_the_first_question_computed(engine: TransformersEngine) -> None:

@@ -12,15 +12,14 @@ from typing import Any
 from calpaca.core import gguf
 from calpaca.core.engine import Capabilities, Grammar, Handle, Request, refuse_unsupported
 from calpaca.core.engines.answer import Answer
+from calpaca.core.engines.limits import check_bias, check_prompt, new_tokens
 from calpaca.core.engines.process import Worker
-from calpaca.core.errors import ContextOverflowError, UnsupportedError, UsageError
+from calpaca.core.errors import UnsupportedError
 from calpaca.core.files import ModelFiles
 from calpaca.core.spec import ModelSpec
 from calpaca.core.template import NamedTemplate, choose_template
 from calpaca.core.tokenizer import Tokenizer, load_tokenizer
 from calpaca.core.weights import check_vocabulary, free_memory
-
-DEFAULT_NEW_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -147,11 +146,11 @@ class NativeEngine:
         """Hand a request to the worker; see `Engine.submit`."""
         refuse_unsupported(self.name, self._capabilities, request)
         prompt = self.encode(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
-        self._check_prompt(prompt)
-        new_tokens = self._new_tokens(len(prompt), request.sampling.max_new_tokens)
         sampling = request.sampling
+        check_prompt(prompt, self._model.vocabulary_size)
+        check_bias(sampling, self._model.vocabulary_size)
         job = Job(
-            tuple(prompt), new_tokens, sampling.temperature, sampling.top_p, sampling.top_k,
+            tuple(prompt), new_tokens(len(prompt), sampling.max_new_tokens, self._limit), sampling.temperature, sampling.top_p, sampling.top_k,
             sampling.repetition_penalty, sampling.seed,
             self._translate(request.grammar) if request.grammar is not None else None,
         )  # fmt: skip
@@ -165,23 +164,6 @@ class NativeEngine:
         )  # fmt: skip
         self.worker.start(key, job, answer)
         return answer.handle
-
-    def _check_prompt(self, prompt: list[int]) -> None:
-        if not prompt:
-            raise UsageError("The prompt is empty.", "Give at least one token of text.")
-        if max(prompt) >= self._model.vocabulary_size or min(prompt) < 0:
-            raise UsageError(
-                f"Token id {max(prompt)} is outside the vocabulary of {self._model.vocabulary_size}.",
-                "Use ids of this model's own tokenizer.",
-            )
-
-    def _new_tokens(self, prompt_tokens: int, wanted: int | None) -> int:
-        """How many tokens the answer may have. Raises ContextOverflowError when that does not fit."""
-        room = self._limit - prompt_tokens
-        new_tokens = min(DEFAULT_NEW_TOKENS, max(room, 1)) if wanted is None else wanted
-        if new_tokens > room:
-            raise ContextOverflowError(prompt_tokens, new_tokens, self._limit)
-        return new_tokens
 
     def close(self) -> None:
         self.worker.close()

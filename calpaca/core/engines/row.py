@@ -11,7 +11,7 @@ from calpaca.core.engine import Chunk, FinishReason, Handle, Request, Timings, T
 from calpaca.core.engines.lookup import PromptLookup
 from calpaca.core.engines.slots import Place
 from calpaca.core.grammar import GrammarMatcher
-from calpaca.core.sampling import new_generator, penalise_repetition, sample, token_logprob
+from calpaca.core.sampling import LogitsProcessor, new_generator, sample, score
 from calpaca.core.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -20,27 +20,30 @@ if TYPE_CHECKING:
 
 
 class Row:
-    """State of one request. Only the engine's worker calls `choose` and `accept`; `cancel` is for any thread."""
+    """State of one request. `cancel` is for any thread, everything else for the one that runs the batch."""
 
     def __init__(
         self,
         request: Request,
         prompt: list[int],
         *,
-        adapter: int,
         max_new_tokens: int,
         tokenizer: Tokenizer,
         eos_ids: frozenset[int],
         matcher: GrammarMatcher | None,
     ) -> None:
         self.ids = list(prompt)
-        self.adapter = adapter  # its number among the live ones
+        self.adapter = 0  # its number among the live ones
         self.place: Place | None = None  # the slot with what is kept of `ids`
         self.leader: Row | None = None  # a row with the same beginning, whose prompt runs first
         self.cached_tokens = 0
         self.lookup = PromptLookup()
         self.handle = Handle(self.cancel)
         self._sampling = request.sampling
+        self._processor = LogitsProcessor(request.sampling, len(prompt))
+        self.scores_prompt = request.prompt_logprobs is not None  # then the model must see all of it
+        self._alternatives = request.prompt_logprobs or 0
+        self._scores: list[TokenLogprob | None] = [None] if self.scores_prompt else []  # as far as they are known
         self._prompt_tokens = len(prompt)
         self._max_new_tokens = max_new_tokens
         self._tokenizer = tokenizer
@@ -53,7 +56,6 @@ class Row:
         self._submitted = time.perf_counter()
         self._first_token: float | None = None
         self._cancelled = threading.Event()
-        self._seen: Tensor | None = None
         self._generator: torch.Generator | None = None
 
     @property
@@ -82,14 +84,13 @@ class Row:
     def takes_likeliest(self) -> bool:
         """Whether the next token is simply the one with the highest logit, which a batch can find for all rows."""
         sampling = self._sampling
-        return self._matcher is None and sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0
+        return self._matcher is None and sampling.temperature == 0.0 and not self._processor.active
 
     def choose(self, logits: Tensor) -> int:
         """The next token, from logits [vocabulary] (float32)."""
         import torch
 
-        if self._sampling.repetition_penalty != 1.0:
-            logits = penalise_repetition(logits, self._occurred(logits), self._sampling.repetition_penalty)
+        logits = self._processor(logits, self.ids)
         if self._matcher is not None:
             allowed = torch.from_numpy(self._matcher.allowed()).to(logits.device)
             logits = logits.masked_fill(~allowed, float("-inf"))
@@ -99,15 +100,16 @@ class Row:
             self._generator = new_generator(self._sampling.seed, logits.device)
         return sample(logits, self._sampling, self._generator)
 
-    def _occurred(self, logits: Tensor) -> Tensor:
-        import torch
+    def score(self, logits: Tensor) -> None:
+        """Take the logits [tokens, vocabulary] that the next unscored tokens of the prompt have."""
+        begin = len(self._scores)
+        expected = self.ids[begin : begin + len(logits)]
+        self._scores += score(logits, expected, self._alternatives, self._tokenizer)
 
-        if self._seen is None:
-            self._seen = torch.zeros_like(logits, dtype=torch.bool)
-            self._seen[torch.tensor(self.ids, device=logits.device)] = True
-        else:
-            self._seen[self.ids[-1]] = True
-        return self._seen
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more is to be generated."""
+        return len(self.ids) >= self.most_tokens
 
     def accept(self, token_id: int, logits: Tensor) -> bool:
         """Take the chosen token and give its text to the reader; True when the answer is complete."""
@@ -116,7 +118,7 @@ class Row:
         self.ids.append(token_id)
         self._pending.append(token_id)
         if self._sampling.logprobs is not None:
-            self._pending_logprobs.append(token_logprob(logits, token_id, self._sampling.logprobs, self._tokenizer))
+            self._pending_logprobs += score(logits[None], [token_id], self._sampling.logprobs, self._tokenizer)
         if token_id in self._eos_ids:
             return self.finish("stop")
         if self._matcher is not None:
@@ -124,10 +126,10 @@ class Row:
         text = self._scanner.add(self._detokenizer.add(token_id))
         if self._scanner.matched is not None or (self._matcher is not None and self._matcher.finished):
             return self.finish("stop", text)
-        if len(self.ids) - self._prompt_tokens >= self._max_new_tokens:
+        if self.complete:
             return self.finish("length", text)
         if text:
-            self.handle.put(Chunk(text, *self._take_pending()))
+            self.handle.put(Chunk(text, *self._take_pending(), prompt_logprobs=self._take_scores()))
         return False
 
     def finish(self, reason: FinishReason, text: str = "") -> bool:
@@ -144,6 +146,7 @@ class Row:
                 stop=self._scanner.matched,
                 usage=Usage(self._prompt_tokens, len(self.ids) - self._prompt_tokens, self.cached_tokens),
                 timings=Timings((self._first_token or now) - self._submitted, now - self._submitted),
+                prompt_logprobs=self._take_scores(),
             )
         )
         return True
@@ -151,4 +154,11 @@ class Row:
     def _take_pending(self) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:
         taken = (tuple(self._pending), tuple(self._pending_logprobs))
         self._pending, self._pending_logprobs = [], []
+        return taken
+
+    def _take_scores(self) -> tuple[TokenLogprob | None, ...]:
+        """The prompt's log probabilities, once, for the first chunk; none where the row ends before they are known."""
+        if len(self._scores) < self._prompt_tokens:
+            return ()
+        taken, self._scores = tuple(self._scores), []
         return taken

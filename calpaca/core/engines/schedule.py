@@ -39,16 +39,29 @@ MOST_GUESSING = 4
 """Rows that may run at once where guesses are checked: past that, a step has enough tokens without them."""
 
 
-def choose_spans(rows: Sequence[Row], pace: Pace, *, guesses: bool) -> list[Span]:
-    """What runs next of `rows`, which stand in the order in which they came."""
+def choose_spans(rows: Sequence[Row], pace: Pace, *, guesses: bool, most_scored: int) -> list[Span]:
+    """What runs next of `rows`, which stand in the order in which they came.
+
+    Rows that score their prompt take logits at each of its tokens: of those there are at most `most_scored`.
+    """
     guesses = guesses and len(rows) <= MOST_GUESSING
     answers = [(row, row.draft() if guesses else []) for row in rows if row.pending == 1]
-    spans = [Span(row, [row.ids[-1], *draft], 1 + len(draft)) for row, draft in answers]
-    for row, tokens in _share([row for row in rows if row.pending > 1 and not follows(row)], pace).items():
-        assert row.place is not None
-        begin = row.place.filled
-        spans.append(Span(row, row.ids[begin : begin + tokens], int(tokens == row.pending)))
+    spans = [Span(row, [row.ids[-1], *draft], 1 + len(draft), guesses=len(draft)) for row, draft in answers]
+    for row, share in _share([row for row in rows if row.pending > 1 and not follows(row)], pace).items():
+        tokens = min(share, most_scored) if row.scores_prompt else share
+        if tokens:
+            spans.append(_piece(row, tokens))
+        most_scored -= tokens if row.scores_prompt else 0
     return spans
+
+
+def _piece(row: Row, tokens: int) -> Span:
+    """The next tokens of a row's prompt. The last of all has no other after it that could be scored."""
+    assert row.place is not None
+    begin = row.place.filled
+    last = int(tokens == row.pending)
+    scored = tokens - last if row.scores_prompt else 0
+    return Span(row, row.ids[begin : begin + tokens], scored + last, scored)
 
 
 def _share(rows: Sequence[Row], pace: Pace) -> dict[Row, int]:
@@ -77,6 +90,8 @@ def follows(row: Row) -> bool:
 
 def find_leader(row: Row, others: Sequence[Row]) -> Row | None:
     """A row whose prompt is under way and shares the first half, or more, of this one's."""
+    if row.scores_prompt:
+        return None  # it needs what the model says of the beginning, too
     half = row.ids[: max(BLOCK, len(row.ids) // 2)]
     for other in others:
         if other.adapter == row.adapter and other.pending > 1 and other.ids[: len(half)] == half:

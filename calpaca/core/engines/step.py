@@ -22,11 +22,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens of one row that follow what its slot holds; the last `outputs` of them give logits."""
+    """Tokens of one row that follow what its slot holds; the last `outputs` of them give logits.
+
+    Of these logits, the first `scored` belong to tokens of the prompt whose log probabilities are wanted, and the others
+    to the next token and to those after each of the `guesses` at the end of `tokens`.
+    """
 
     row: Row
     tokens: Sequence[int]
     outputs: int
+    scored: int = 0
+    guesses: int = 0
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the row's next token follows from this span."""
+        return self.outputs > self.scored
 
     @property
     def place(self) -> Place:

@@ -93,7 +93,7 @@ class Running:
     def rows(self) -> int:
         """Requests that the engine works on or has waiting."""
         engine: Any = self.api.models.main.load().engine
-        return len(engine._rows) + len(engine._waiting)
+        return len(engine.batch.rows) + len(engine.batch.waiting)
 
     def settle(self, seconds: float = 5.0) -> bool:
         """Whether everything has ended within that time."""

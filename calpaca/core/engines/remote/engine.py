@@ -23,6 +23,7 @@ from calpaca.core.engine import (
     Request,
     refuse_unsupported,
 )
+from calpaca.core.engines.limits import DEFAULT_NEW_TOKENS
 from calpaca.core.engines.remote.address import Address, find_servers, read_api_key
 from calpaca.core.engines.remote.answer import AnswerReader
 from calpaca.core.engines.remote.client import async_client
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("calpaca")
 
-DEFAULT_NEW_TOKENS = 512
 _LOCAL_FIELDS = ("adapters", "tokenizer", "chat_template", "quantization", "revision", "trust_remote_code")
 
 
