@@ -13,24 +13,32 @@ from calpaca.core.spec import ModelSpec
 from calpaca.core.template import ChatTemplate, Message
 
 if TYPE_CHECKING:
-    from calpaca.core.files import ModelFiles
+    from calpaca.core.files import AdapterFiles, ModelFiles
     from calpaca.core.runtime import Runtime
 
 
 class Model:
     """Text and chat generation with one engine.
 
-    `name` is what a person calls it, `files` what it was loaded from (None for an engine without files).
+    `name` is what a person calls it, `files` what it was loaded from (None for an engine without files). `adapter`
+    names one that its engine has loaded and that all its requests get.
     """
 
     def __init__(
-        self, name: str, spec: ModelSpec, engine: Engine, template: ChatTemplate, files: ModelFiles | None = None
+        self,
+        name: str,
+        spec: ModelSpec,
+        engine: Engine,
+        template: ChatTemplate,
+        files: ModelFiles | None = None,
+        adapter: str | None = None,
     ) -> None:
         self.name = name
         self.spec = spec
         self.engine = engine
         self.template = template
         self.files = files
+        self.adapter = adapter
 
     @classmethod
     def load(cls, spec: ModelSpec, runtime: Runtime) -> Model:
@@ -47,6 +55,17 @@ class Model:
         engine = runtime.engines.get(engine_name).load()(files, runtime)
         return cls(files.name, spec, engine, engine.template, files)
 
+    def adapted(self, files: AdapterFiles) -> Model:
+        """This model with an adapter that its engine has loaded under the name in `files`."""
+        from dataclasses import replace
+
+        from calpaca.core.spec import AdapterSpec
+
+        added = AdapterSpec(source=str(files.path), scale=files.scale)
+        spec = self.spec.model_copy(update={"adapters": (*self.spec.adapters, added)})
+        own = self.files and replace(self.files, spec=spec, adapters=(*self.files.adapters, files))
+        return Model(files.name, spec, self.engine, self.template, own, files.name)
+
     @property
     def fingerprint(self) -> str:
         """Digest of the contents of weights, adapters, tokenizer and template; without files, what the engine says."""
@@ -60,13 +79,19 @@ class Model:
         return self.engine.capabilities().context_length
 
     def generate(
-        self, prompt: str | tuple[int, ...], sampling: Sampling = Sampling(), *, grammar: Grammar | None = None
+        self,
+        prompt: str | tuple[int, ...],
+        sampling: Sampling = Sampling(),
+        *,
+        grammar: Grammar | None = None,
+        prompt_logprobs: int | None = None,
     ) -> Handle:
         """Continue a text (bos is added where the model wants one) or token ids (taken as they are)."""
-        if self.engine.capabilities().conversations:
-            return self.engine.submit(Request(prompt, sampling, grammar))
-        ids = tuple(self.engine.encode(prompt, special_tokens=True)) if isinstance(prompt, str) else prompt
-        return self.engine.submit(Request(ids, sampling, grammar))
+        if isinstance(prompt, str) and not self.engine.capabilities().conversations:
+            prompt = tuple(self.engine.encode(prompt, special_tokens=True))
+        return self.engine.submit(
+            Request(prompt, sampling, grammar, adapter=self.adapter, prompt_logprobs=prompt_logprobs)
+        )
 
     def chat(
         self,
@@ -81,11 +106,12 @@ class Model:
 
         if self.engine.capabilities().conversations:
             conversation = Conversation(tuple(messages), tuple(tools))
-            return self.engine.submit(Request("", sampling, grammar, conversation=conversation))
+            return self.engine.submit(Request("", sampling, grammar, self.adapter, conversation=conversation))
         stops = tuple(dict.fromkeys((*sampling.stop, *self.template.stop)))
         to_the_letter = grammar is not None and grammar.kind == "regex"  # it may ask for a space
         prompt = tuple(self.message_ids(messages, tools))
-        return self.engine.submit(Request(prompt, replace(sampling, stop=stops), grammar, new_text=not to_the_letter))
+        sampling = replace(sampling, stop=stops)
+        return self.engine.submit(Request(prompt, sampling, grammar, self.adapter, new_text=not to_the_letter))
 
     def message_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids of the rendered prompt, exactly as `chat` sends them: no message can spell a control token.

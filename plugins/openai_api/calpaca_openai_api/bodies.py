@@ -45,7 +45,9 @@ class GenerationBody(Body):
     ) = None
     user: str | None = None
     top_k: int | None = Field(None, ge=-1, description="Extension: keep this many of the likeliest tokens.")
-    min_p: float | None = Field(None, ge=0.0, le=1.0, description="Extension, refused unless 0.")
+    min_p: float | None = Field(
+        None, ge=0.0, le=1.0, description="Extension: keep tokens of this share of the likeliest one's probability."
+    )
     repetition_penalty: float | None = Field(None, gt=0.0, description="Extension: above 1 against repetition.")
     return_token_ids: bool | None = Field(None, description="Extension: choices carry `token_ids`.")
     structured_outputs: dict[str, Any] | None = Field(
@@ -77,6 +79,24 @@ class Function(Body):
 class Tool(Body):
     type: Literal["function"]
     function: Function
+
+
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    """A function by name, as a tool choice has it."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(Body):
+    """Which of the tools may be called, and whether one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1)]
 
 
 class CalledFunction(Body):
@@ -174,6 +194,11 @@ class CompletionBody(GenerationBody):
     best_of: int | None = Field(None, ge=1, le=20)
     suffix: str | None = None
     response_format: ResponseFormat | None = Field(None, description="Extension: as in a chat.")
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's own tokens get log probabilities."""
+        return bool(self.echo) and self.logprobs is not None
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -7,6 +7,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from calpaca.core.engine import Chunk, Grammar, Handle, Sampling, Usage
 from calpaca.core.errors import UsageError
 from calpaca.core.model import Model
@@ -19,8 +21,9 @@ from calpaca.core.tools import (
     answer_grammar,
     describe_format,
     read_choice,
+    tool_name,
 )
-from calpaca_openai_api.bodies import ChatBody
+from calpaca_openai_api.bodies import AllowedTools, ChatBody, NamedTool
 from calpaca_openai_api.faults import ApiError, unsupported
 from calpaca_openai_api.generation import Piece, generated, total_usage
 from calpaca_openai_api.messages import plain_messages
@@ -59,7 +62,7 @@ def refuse_chat_fields(body: ChatBody) -> None:
             raise unsupported(name, hint)
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
-    if body.logprobs and body.tools:
+    if body.logprobs and body.tools and body.tool_choice != "none":
         raise unsupported("logprobs", "an answer that may call tools has none.")
 
 
@@ -104,8 +107,8 @@ def plan_chat(body: ChatBody, model: Model, defaults: Defaults) -> ChatPlan:
     refuse_what_the_engine_cannot(body, model.engine.capabilities(), sampling)
     messages = plain_messages(body.messages)
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-    choice = _choice(body, tools)
-    shown = [] if choice == "none" else tools
+    choice, allowed = _choice(body, tools)
+    shown = [] if choice == "none" else allowed
     grammar = structured_grammar(body) or _grammar(body, shown, choice, sampling)
     if body.response_format is not None:
         messages = [*describe_format(body.response_format.model_dump(exclude_none=True)), *messages]
@@ -113,17 +116,27 @@ def plan_chat(body: ChatBody, model: Model, defaults: Defaults) -> ChatPlan:
     return ChatPlan(body, model, messages, shown, sampling, grammar)
 
 
-def _choice(body: ChatBody, tools: list[dict[str, Any]]) -> Choice:
-    if body.tool_choice is not None and not tools:
+def _choice(body: ChatBody, tools: list[dict[str, Any]]) -> tuple[Choice, list[dict[str, Any]]]:
+    """What must be called, and the tools it is chosen among: all, or those of OpenAI's `allowed_tools`."""
+    wanted = body.tool_choice
+    if wanted is None:
+        return "auto", tools
+    if not tools:
         raise ApiError(400, "'tool_choice' needs 'tools'.", param="tool_choice")
-    if isinstance(body.tool_choice, dict):
-        function = body.tool_choice.get("function")
-        if body.tool_choice.get("type") != "function" or not isinstance(function, dict):
-            raise ApiError(400, "A tool choice is a word or names one function.", param="tool_choice")
     try:
-        return read_choice(body.tool_choice, tools)
+        if isinstance(wanted, dict) and wanted.get("type") == "allowed_tools":
+            allowed = AllowedTools.model_validate(wanted["allowed_tools"])
+            names = {read_choice(tool.model_dump(), tools)[0] for tool in allowed.tools}
+            kept = [tool for tool in tools if tool_name(tool) in names]
+            return read_choice(allowed.mode, kept), kept
+        if isinstance(wanted, dict):
+            NamedTool.model_validate(wanted)
+        return read_choice(wanted, tools), tools
     except UsageError as error:
         raise ApiError(400, str(error), param="tool_choice") from error
+    except (ValidationError, KeyError) as error:
+        message = "A tool choice is a word, names one function, or lists allowed tools with a mode."
+        raise ApiError(400, message, param="tool_choice") from error
 
 
 def _grammar(body: ChatBody, tools: list[dict[str, Any]], choice: Choice, sampling: Sampling) -> Grammar | None:

@@ -21,7 +21,7 @@ from calpaca_openai_api.sampling import (
     refuse_what_the_engine_cannot,
     structured_grammar,
 )
-from calpaca_openai_api.tokens import TokenReader, completion_logprobs
+from calpaca_openai_api.tokens import TokenReader, completion_logprobs, prompt_pieces, prompt_tokens
 from calpaca_openai_api.wire import Envelope, usage_fields
 
 DEFAULT_TOKENS = 16
@@ -30,10 +30,12 @@ DEFAULT_TOKENS = 16
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the engine gets it: its tokens, or its text where the engine does not take tokens."""
+    """A prompt as the engine gets it: its tokens, or its text where the engine does not take tokens. `pieces` are what
+    each token stands for in the text, where they are to be scored."""
 
     text: str
     ids: tuple[int, ...] = ()
+    pieces: tuple[str, ...] = ()
 
     @property
     def for_engine(self) -> str | tuple[int, ...]:
@@ -54,11 +56,21 @@ class CompletionPlan:
     def candidates(self) -> int:
         return max(self.body.best_of or 1, self.body.choices)
 
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """Alternatives beside each token of the prompt; None where the prompt is not scored."""
+        return self.body.logprobs if self.body.scores_prompt else None
+
     def start(self) -> list[Handle]:
         """Ask the engine for every candidate, those of the first prompt first."""
         assert self.sampling is not None
         return [
-            self.model.generate(prompt.for_engine, for_choice(self.sampling, candidate), grammar=self.grammar)
+            self.model.generate(
+                prompt.for_engine,
+                for_choice(self.sampling, candidate),
+                grammar=self.grammar,
+                prompt_logprobs=self.prompt_logprobs,
+            )
             for prompt in self.prompts
             for candidate in range(self.candidates)
         ]
@@ -77,12 +89,13 @@ class CompletionPlan:
 
     async def _all(self) -> AsyncIterator[Piece]:
         assert self.sampling is not None
-        wanted = self.sampling.logprobs is not None
+        wanted, engine = self.sampling.logprobs is not None, self.model.engine
         prompts = [prompt for prompt in self.prompts for _ in range(self.candidates)]
-        readers = [TokenReader(self.model.engine, prompt.ids) if wanted else None for prompt in prompts]
+        readers = [TokenReader(engine, prompt.ids) if wanted else None for prompt in prompts]
         async with aclosing(generated(self.start)) as chunks:  # type: ignore[type-var]
             async for index, chunk in chunks:
-                reader = readers[index]
+                reader, prompt = readers[index], prompts[index]
+                scores = chunk.prompt_logprobs
                 yield Piece(
                     index,
                     chunk.text,
@@ -91,6 +104,7 @@ class CompletionPlan:
                     finish=chunk.finish_reason,
                     stop=chunk.stop,
                     usage=chunk.usage,
+                    prompt=prompt_tokens(prompt.pieces, prompt.ids, scores, engine) if scores else (),
                 )
 
     async def _best(self) -> AsyncIterator[Piece]:
@@ -115,6 +129,7 @@ def _joined(pieces: list[Piece]) -> Piece:
         text="".join(piece.text for piece in pieces),
         tokens=tuple(token for piece in pieces for token in piece.tokens),
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        prompt=pieces[0].prompt,
     )
 
 
@@ -128,10 +143,12 @@ def plan_completion(body: CompletionBody, model: Model, defaults: Defaults) -> C
     _refuse_completion_fields(body)
     most = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     sampling = None
-    if most:
+    if most or body.scores_prompt:
         logprobs = 0 if body.logprobs is None and (body.best_of or 1) > body.choices else body.logprobs
         sampling = defaults.sampling(body, most, logprobs)
         refuse_what_the_engine_cannot(body, model.engine.capabilities(), sampling)
+    if body.scores_prompt and not model.engine.capabilities().prompt_logprobs:
+        raise unsupported("echo", "the engine that runs this model gives no logprobs of a prompt.")
     grammar = structured_grammar(body)
     if body.response_format is not None and grammar is None:
         wanted = body.response_format.model_dump(exclude_none=True)
@@ -141,7 +158,8 @@ def plan_completion(body: CompletionBody, model: Model, defaults: Defaults) -> C
             raise ApiError(400, str(error), param="response_format") from error
     if grammar is not None and grammar.kind not in model.engine.capabilities().grammars:
         raise unsupported("response_format", "the engine that runs this model cannot hold it to that.")
-    return CompletionPlan(body, model, [_prompt(prompt, model) for prompt in body.prompts], sampling, grammar)
+    prompts = [_prompt(prompt, model, scored=body.scores_prompt) for prompt in body.prompts]
+    return CompletionPlan(body, model, prompts, sampling, grammar)
 
 
 def _refuse_completion_fields(body: CompletionBody) -> None:
@@ -152,25 +170,25 @@ def _refuse_completion_fields(body: CompletionBody) -> None:
         raise ApiError(400, f"A request may have {MOST_CHOICES} answers at most.", param="prompt")
     if body.suffix:
         raise unsupported("suffix", "the models here continue a text and do not fill gaps.")
-    if body.echo and body.logprobs is not None:
-        raise unsupported("logprobs", "with 'echo' it asks for those of the prompt, which the engine does not give.")
     if body.best_of is not None and body.best_of < body.choices:
         raise ApiError(400, "'best_of' must be at least 'n'.", param="best_of")
     if body.best_of is not None and body.best_of > body.choices and body.stream:
         raise ApiError(400, "'best_of' cannot be streamed.", param="best_of")
 
 
-def _prompt(prompt: str | list[int], model: Model) -> Prompt:
+def _prompt(prompt: str | list[int], model: Model, *, scored: bool) -> Prompt:
     engine = model.engine
     if not engine.capabilities().token_ids:
         if isinstance(prompt, str):
             return Prompt(prompt)
         raise unsupported("prompt", "the engine that runs this model takes text and no token ids.")
-    if isinstance(prompt, str):
-        if engine.capabilities().conversations:
-            return Prompt(prompt)  # the server behind it decides what is put around a text
-        return Prompt(prompt, tuple(engine.encode(prompt, special_tokens=True)))
-    return Prompt(engine.decode(prompt), tuple(prompt))
+    if not isinstance(prompt, str):
+        text, ids = engine.decode(prompt), prompt
+    elif engine.capabilities().conversations:
+        return Prompt(prompt)  # the server behind it decides what is put around a text
+    else:
+        text, ids = prompt, engine.encode(prompt, special_tokens=True)
+    return Prompt(text, tuple(ids), prompt_pieces(engine, ids, text) if scored and ids else ())
 
 
 class CompletionForm:
@@ -205,7 +223,8 @@ class CompletionForm:
         self._lengths[piece.index] = offset + len(text)
         if piece.usage is not None:
             self._usage[piece.index] = piece.usage
-        logprobs = completion_logprobs(piece.tokens, offset) if self._body.logprobs is not None else None
+        tokens = (*piece.prompt, *piece.tokens)
+        logprobs = completion_logprobs(tokens, offset) if self._body.logprobs is not None else None
         choice = {"index": piece.index, "text": text, "logprobs": logprobs, "finish_reason": piece.finish}
         if self._body.return_token_ids:
             choice |= {"token_ids": list(piece.token_ids), "stop_reason": piece.stop}

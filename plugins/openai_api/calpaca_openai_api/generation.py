@@ -15,7 +15,8 @@ from calpaca_openai_api.tokens import Token
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of one choice. The last piece of each has a finish reason and the usage."""
+    """What is new of one choice. The first piece has the prompt's tokens where they were scored, the last one a finish
+    reason and the usage."""
 
     index: int
     text: str = ""
@@ -25,6 +26,7 @@ class Piece:
     finish: str | None = None
     stop: str | None = None
     usage: Usage | None = None
+    prompt: tuple[Token, ...] = ()
     extension: dict[str, object] = field(default_factory=dict)
 
 

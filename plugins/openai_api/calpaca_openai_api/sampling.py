@@ -49,7 +49,22 @@ class Defaults:
         }
         values["top_p"] = max(values["top_p"], _GREEDIEST)
         values["top_k"] = max(values["top_k"], 0)  # -1 is how vLLM's clients switch it off
-        return Sampling(**{**values, "stop": tuple(values["stop"])}, logprobs=logprobs)
+        return Sampling(
+            **{**values, "stop": tuple(values["stop"])},
+            logprobs=logprobs,
+            min_p=body.min_p or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            logit_bias=_biases(body),
+        )
+
+
+def _biases(body: GenerationBody) -> tuple[tuple[int, float], ...]:
+    """Raises ApiError for a token that is named twice, as "7" and "07"."""
+    biases = {int(token): value for token, value in (body.logit_bias or {}).items()}
+    if len(biases) < len(body.logit_bias or ()):
+        raise ApiError(400, "'logit_bias' names a token twice.", param="logit_bias")
+    return tuple(biases.items())
 
 
 def for_choice(sampling: Sampling, choice: int) -> Sampling:
@@ -60,16 +75,7 @@ def for_choice(sampling: Sampling, choice: int) -> Sampling:
 
 
 def refuse_fields(body: GenerationBody) -> None:
-    """Raise ApiError for what no engine of calpaca does."""
-    wanted = {
-        "frequency_penalty": bool(body.frequency_penalty),
-        "presence_penalty": bool(body.presence_penalty),
-        "logit_bias": bool(body.logit_bias),
-        "min_p": bool(body.min_p),
-    }
-    for name, asked in wanted.items():
-        if asked:
-            raise unsupported(name, "the engine does not do this yet.")
+    """Raise ApiError for fields that contradict each other."""
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "'stream_options' is for streamed responses only.", param="stream_options")
 
@@ -88,7 +94,7 @@ def refuse_what_the_engine_cannot(body: GenerationBody, capabilities: Capabiliti
 
 def _refusals(capabilities: Capabilities, sampling: Sampling) -> Iterator[tuple[str, bool]]:
     yield "seed", sampling.seed is not None and not capabilities.seed
-    for name in capabilities.unsupported & {"top_k", "repetition_penalty"}:
+    for name in sorted(capabilities.unsupported):
         yield name, getattr(sampling, name) != getattr(Sampling, name)
 
 

@@ -14,10 +14,12 @@ from calpaca.core.engine import Chunk, Engine, TokenLogprob
 @dataclass(frozen=True)
 class Token:
     """A token and its piece of the text: pieces of all tokens joined are the text that is shown. The piece of a token
-    that ends inside a character is empty, and the character belongs to the one that completes it."""
+    that ends inside a character is empty, and the character belongs to the one that completes it. Only the first token
+    of a prompt is not `scored`: nothing precedes it."""
 
     entry: TokenLogprob
     piece: str
+    scored: bool = True
 
     @property
     def text(self) -> str:
@@ -72,6 +74,29 @@ class TokenReader:
         return rest
 
 
+def prompt_pieces(engine: Engine, token_ids: Sequence[int], text: str) -> tuple[str, ...]:
+    """The piece of a prompt's text that each of its tokens stands for; joined they are the text, whatever the tokenizer
+    makes of special tokens and white space."""
+    detokenizer = Detokenizer(engine)
+    pieces = [detokenizer.add(token_id) for token_id in token_ids]
+    given, end = [], 0
+    for piece in pieces:
+        given.append(text[end : end + len(piece)])
+        end += len(given[-1])
+    given[-1] += text[end:]
+    return tuple(given)
+
+
+def prompt_tokens(
+    pieces: Sequence[str], token_ids: Sequence[int], entries: Sequence[TokenLogprob | None], engine: Engine
+) -> tuple[Token, ...]:
+    """A prompt's tokens as the engine scored them."""
+    first = TokenLogprob(token_ids[0], pieces[0] or engine.decode([token_ids[0]]), 0.0)
+    return tuple(
+        Token(entry or first, piece, scored=entry is not None) for piece, entry in zip(pieces, entries, strict=True)
+    )
+
+
 def chat_logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
     """As a chat's choice has them."""
     return {"content": [_chat_token(token) for token in tokens], "refusal": None}
@@ -97,8 +122,8 @@ def completion_logprobs(tokens: Sequence[Token], offset: int) -> dict[str, Any]:
         offset += len(token.piece)
     return {
         "tokens": [token.text for token in tokens],
-        "token_logprobs": [token.entry.logprob for token in tokens],
-        "top_logprobs": [_likeliest(token) for token in tokens],
+        "token_logprobs": [token.entry.logprob if token.scored else None for token in tokens],
+        "top_logprobs": [_likeliest(token) if token.scored else None for token in tokens],
         "text_offset": offsets,
     }
 

@@ -274,3 +274,14 @@ HARMLESS = {
 async def test_fields_that_change_nothing_are_taken(scripted) -> None:
     response = await scripted().chat(**HARMLESS)
     assert response.status_code == 200, response.text
+
+
+async def test_a_call_is_chosen_among_the_allowed_tools(scripted) -> None:
+    other = {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "time"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    server = scripted(None)
+    answer = (await server.chat(tools=[WEATHER, other], tool_choice=choice, max_tokens=100)).json()
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "time"
+    assert "weather" not in server.engine.prompts[0]

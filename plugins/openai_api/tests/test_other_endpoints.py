@@ -50,6 +50,53 @@ async def test_logprobs_are_four_equal_lists_whose_offsets_point_into_the_text(s
         assert token in top
 
 
+async def test_echo_with_logprobs_scores_the_prompt_as_lm_eval_asks_for_it(scripted) -> None:
+    server = scripted(None)
+    body = {"prompt": [list("Olá".encode()), [97, 98]], "echo": True, "logprobs": 1, "temperature": 0}
+    for most in (1, 0):
+        for choice in (await server.post("/v1/completions", max_tokens=most, **body)).json()["choices"]:
+            found, prompt = choice["logprobs"], ("Olá", "ab")[choice["index"]]
+            size = len(prompt.encode())
+            assert choice["text"].startswith(prompt)
+            assert [len(each) for each in found.values()] == [size + most] * 4
+            assert found["token_logprobs"][0] is found["top_logprobs"][0] is None
+            assert all(value <= 0 for value in found["token_logprobs"][1:])
+            assert found["text_offset"][:size] == ([0, 1, 2, 2] if size == 4 else [0, 1])
+            assert found["text_offset"][size:] == [len(prompt)] * most
+            assert all(1 <= len(top) <= 2 for top in found["top_logprobs"][1:])
+
+
+async def test_a_prompt_that_is_echoed_with_logprobs_begins_a_stream(scripted) -> None:
+    server = scripted(None)
+    body = {"prompt": "ab", "echo": True, "logprobs": 0, "max_tokens": 3, "seed": 4, "n": 2}
+    whole = (await server.post("/v1/completions", **body)).json()
+    chunks = (await server.events("/v1/completions", **body))[:-1]
+    for index, choice in enumerate(whole["choices"]):
+        own = [each["choices"][0] for each in chunks if each["choices"][0]["index"] == index]
+        assert "".join(each["text"] for each in own) == choice["text"]
+        for name, values in choice["logprobs"].items():
+            assert [value for each in own for value in each["logprobs"][name]] == values
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_every_sampling_field_reaches_the_engine(scripted, path) -> None:
+    server = scripted()
+    fields = {"top_k": 3, "min_p": 0.2, "repetition_penalty": 1.1, "frequency_penalty": 0.5, "presence_penalty": -1}
+    prompt = {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+    response = await server.post(path, **prompt, **fields, logit_bias={"5": 100, "7": -1.5})
+    assert response.status_code == 200, response.text
+    sampling = server.engine.requests[0].sampling
+    assert {name: getattr(sampling, name) for name in fields} == fields
+    assert sampling.logit_bias == ((5, 100.0), (7, -1.5))
+
+
+async def test_a_bias_forces_a_token_and_one_on_no_token_is_a_400(scripted) -> None:
+    server = scripted(None)
+    answer = (await server.post("/v1/completions", prompt="x", max_tokens=3, logit_bias={str(ord("q")): 100})).json()
+    assert answer["choices"][0]["text"] == "qqq"
+    assert (await server.post("/v1/completions", prompt="x", logit_bias={"99999": 1})).status_code == 400
+
+
 async def test_no_tokens_are_an_empty_text(scripted) -> None:
     server = scripted()
     answer = (await server.post("/v1/completions", prompt="abc", max_tokens=0, echo=True)).json()
