@@ -1,7 +1,9 @@
 """The llama_cpp engine: llama.cpp's slots, through xllamacpp, on any GGUF file.
 
 llama.cpp reports the text of an answer and how many tokens it has, but not all of their ids: of a character that is
-several tokens only the last is told. So this engine gives text and counts, and no ids.
+several tokens only the last is told. So this engine gives text and counts, and neither ids nor log probabilities, which
+would lack the same tokens. Its frequency and presence penalties count the prompt, too, which no window that it takes
+leaves out: they are refused.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def start_engine(files: ModelFiles, weights: Path, *, slots: int = SLOTS, isolat
     capabilities = Capabilities(
         context_length=context,
         grammars=KINDS,
-        unsupported=frozenset({"min_p", "frequency_penalty", "presence_penalty", "logit_bias"}),
+        unsupported=frozenset({"frequency_penalty", "presence_penalty"}),
         details={"device": "cpu", "dtype": files.spec.dtype, "weights": stored_type(weights), "slots": slots},
     )
     return NativeEngine(NAME, worker, model, capabilities, _translate)
@@ -193,6 +195,7 @@ def _progress(chunk: dict[str, Any], told: int) -> tuple[Progress, int]:
 
 
 def _body(job: Job, context: int) -> dict[str, Any]:
+    sampling = job.sampling
     body: dict[str, Any] = {
         "prompt": list(job.prompt),
         "n_predict": job.max_new_tokens,
@@ -200,15 +203,17 @@ def _body(job: Job, context: int) -> dict[str, Any]:
         "return_progress": True,  # chunks while the prompt is read: the request can be given up there
         "timings_per_token": True,  # the number of tokens
         "cache_prompt": True,
-        "samplers": ["penalties", "temperature", "top_k", "top_p"],
-        "temperature": job.temperature,
-        "top_k": job.top_k,
-        "top_p": job.top_p,
-        "repeat_penalty": job.repetition_penalty,
+        "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repeat_penalty": sampling.repetition_penalty,
         "repeat_last_n": context,
+        "logit_bias": [list(pair) for pair in sampling.logit_bias],
     }
-    if job.seed is not None:
-        body["seed"] = job.seed
+    if sampling.seed is not None:
+        body["seed"] = sampling.seed
     if job.grammar is not None:
         kind, text = job.grammar
         body[kind] = text

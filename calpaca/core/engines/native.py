@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calpaca.core import gguf
-from calpaca.core.engine import Capabilities, Grammar, Handle, Request, refuse_unsupported
+from calpaca.core.engine import Capabilities, Grammar, Handle, Request, Sampling, refuse_unsupported
 from calpaca.core.engines.answer import Answer
 from calpaca.core.engines.limits import check_bias, check_prompt, new_tokens
 from calpaca.core.engines.process import Worker
@@ -28,11 +28,7 @@ class Job:
 
     prompt: tuple[int, ...]
     max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    repetition_penalty: float
-    seed: int | None
+    sampling: Sampling
     grammar: tuple[str, str] | None
 
 
@@ -150,8 +146,7 @@ class NativeEngine:
         check_prompt(prompt, self._model.vocabulary_size)
         check_bias(sampling, self._model.vocabulary_size)
         job = Job(
-            tuple(prompt), new_tokens(len(prompt), sampling.max_new_tokens, self._limit), sampling.temperature, sampling.top_p, sampling.top_k,
-            sampling.repetition_penalty, sampling.seed,
+            tuple(prompt), new_tokens(len(prompt), sampling.max_new_tokens, self._limit), sampling,
             self._translate(request.grammar) if request.grammar is not None else None,
         )  # fmt: skip
         return self._hand_over(request, job)

@@ -42,6 +42,7 @@ STEP_TOKENS = 512
 """Tokens of one step: the running answers' next ones, and pieces of new prompts."""
 
 _BLOCK = 32  # tokens whose keys and values are kept together
+_BELOW_1 = 1.0 - 2.0**-24  # the largest min_p that the library takes, in float32
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -89,7 +90,7 @@ def _capabilities(model: NativeModel, tokens: int, details: Mapping[str, Any]) -
     return Capabilities(
         context_length=min(model.context_length, tokens),
         grammars=frozenset({"json_schema", "regex"}),
-        unsupported=frozenset({"min_p", "frequency_penalty", "presence_penalty", "logit_bias"}),
+        unsupported=frozenset({"logit_bias"}),
         details=details,
     )
 
@@ -162,14 +163,18 @@ class OpenVinoRunner:
             config.eos_token_id = self._eos_ids[0]
             config.stop_token_ids = set(self._eos_ids)
         config.max_new_tokens = job.max_new_tokens
-        config.repetition_penalty = job.repetition_penalty
-        if job.temperature > 0.0:
+        sampling = job.sampling
+        config.repetition_penalty = sampling.repetition_penalty
+        config.frequency_penalty = sampling.frequency_penalty
+        config.presence_penalty = sampling.presence_penalty
+        if sampling.temperature > 0.0:
             config.do_sample = True
-            config.temperature = job.temperature
-            config.top_p = job.top_p
-            if job.top_k:
-                config.top_k = job.top_k
-            config.rng_seed = secrets.randbits(32) if job.seed is None else job.seed
+            config.temperature = sampling.temperature
+            config.top_p = sampling.top_p
+            config.min_p = min(sampling.min_p, _BELOW_1)
+            if sampling.top_k:
+                config.top_k = sampling.top_k
+            config.rng_seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         if job.grammar is not None:
             kind, text = job.grammar
             config.structured_output_config = self._genai.StructuredOutputConfig(**{kind: text})
