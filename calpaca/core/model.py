@@ -31,6 +31,7 @@ class Model:
         engine: Engine,
         template: ChatTemplate,
         files: ModelFiles | None = None,
+        *,
         adapter: str | None = None,
     ) -> None:
         self.name = name
@@ -64,7 +65,7 @@ class Model:
         added = AdapterSpec(source=str(files.path), scale=files.scale)
         spec = self.spec.model_copy(update={"adapters": (*self.spec.adapters, added)})
         own = self.files and replace(self.files, spec=spec, adapters=(*self.files.adapters, files))
-        return Model(files.name, spec, self.engine, self.template, own, files.name)
+        return Model(files.name, spec, self.engine, self.template, own, adapter=files.name)
 
     @property
     def fingerprint(self) -> str:

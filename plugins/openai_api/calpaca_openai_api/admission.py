@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from calpaca_openai_api.faults import busy
 
@@ -13,7 +13,10 @@ from calpaca_openai_api.faults import busy
 class Admission:
     """Slots for requests. All calls come from one event loop."""
 
-    def __init__(self, max_running: int, max_waiting: int) -> None:
+    def __init__(self, max_running: int, max_waiting: int, timeout: float = 600.0) -> None:
+        """`timeout` is how many seconds a request may take, waiting included."""
+        self.timeout = timeout
+        self.by_model: dict[str, Counter[tuple[str, str]]] = {"running": Counter(), "waiting": Counter()}
         self.max_running = max_running
         self.max_waiting = max_waiting
         self.running = 0
@@ -26,21 +29,32 @@ class Admission:
         return sum(map(len, self._queues.values()))
 
     @asynccontextmanager
-    async def slot(self, key: str, concurrency: int | None = None) -> AsyncIterator[None]:
+    async def slot(self, key: str, concurrency: int | None = None, model: str = "") -> AsyncIterator[None]:
         """Wait for a slot and hold it. Raises ApiError 429 for a key that has too many, 503 when the queue is full."""
         if concurrency is not None and self._by_key[key] >= concurrency:
             raise busy(f"This key may have {concurrency} requests at once.", status=429, code="rate_limit_exceeded")
         self._by_key[key] += 1
         try:
-            await self._enter(key)
+            with self._counted("waiting", model, key):
+                await self._enter(key)
             try:
-                yield
+                with self._counted("running", model, key):
+                    yield
             finally:
                 self._leave()
         finally:
             self._by_key[key] -= 1
             if not self._by_key[key]:
                 del self._by_key[key]
+
+    @contextmanager
+    def _counted(self, state: str, model: str, key: str) -> Iterator[None]:
+        """What the metrics show."""
+        self.by_model[state][model, key] += 1
+        try:
+            yield
+        finally:
+            self.by_model[state][model, key] -= 1
 
     async def _enter(self, key: str) -> None:
         if self.running < self.max_running and not self._queues:

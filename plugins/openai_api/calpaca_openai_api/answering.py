@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from calpaca.core.engine import Usage
 from calpaca_openai_api.admission import Admission
-from calpaca_openai_api.faults import as_api_error
+from calpaca_openai_api.faults import as_api_error, out_of_time
 from calpaca_openai_api.generation import Piece
 from calpaca_openai_api.record import Record
 from calpaca_openai_api.wire import DONE, Json, event
@@ -47,9 +47,30 @@ class Form(Protocol):
 
 
 async def admitted(admission: Admission, record: Record, pieces: Callable[[], AsyncIterator[Piece]]) -> Pieces:
-    """The pieces, begun once there is a slot, and noted in the record."""
+    """The pieces, begun once there is a slot, and noted in the record. Raises ApiError 504 when the time is up."""
+    answer = _in_a_slot(admission, record, pieces)
+    end = asyncio.get_running_loop().time() + admission.timeout
+    async with aclosing(answer):
+        while True:
+            try:
+                # Around each piece, since the next may be for another task.
+                async with asyncio.timeout_at(end) as limit:
+                    piece = await anext(answer)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise out_of_time(admission.timeout) from None
+            yield piece
+
+
+async def _in_a_slot(admission: Admission, record: Record, pieces: Callable[[], AsyncIterator[Piece]]) -> Pieces:
     concurrency = record.key.concurrency if record.key is not None else None
-    async with admission.slot(record.key_name, concurrency), aclosing(pieces()) as answer:  # type: ignore[type-var]
+    async with (
+        admission.slot(record.key_name, concurrency, record.model),
+        aclosing(pieces()) as answer,  # type: ignore[type-var]
+    ):
         async for piece in answer:
             record.mark_first()
             yield piece

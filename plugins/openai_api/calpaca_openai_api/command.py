@@ -9,6 +9,7 @@ import click
 
 from calpaca.cli.flags import flags, group_of
 from calpaca.cli.run import AppCommand, shared_runtime, was_typed
+from calpaca.core.engine_choice import DEFAULT
 from calpaca_openai_api.settings import ServeOptions, read_serve_options
 
 log = logging.getLogger("calpaca")
@@ -23,17 +24,21 @@ def _serve(ctx: click.Context, /, **values: Any) -> None:
     from calpaca_openai_api.served import ServedModels
     from calpaca_openai_api.server import build_app
 
-    spec = runtime.check(options.spec())
+    spec, adapters = runtime.check(options.spec()), options.named_adapters
+    if adapters and spec.engine == "auto":
+        spec = spec.model_copy(update={"engine": DEFAULT})  # the one that runs several side by side
     listener = open_socket(options.host, options.port)
     runtime.purpose = "load"
     with runtime:
-        models = ServedModels(runtime, spec, options.embedding)
+        models = ServedModels(runtime, spec, options.embedding, adapters)
         model = models.main.load()
+        models.load_adapters()
         app, api = build_app(models, options, keys)
         host, port = listener.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
-        log.info("Serving %s with %s at http://%s:%s/v1", models.main.id, model.engine.name, address, port)
-        run(Server(app, api.admission, options.drain), listener)
+        scheme = "https" if options.tls_cert is not None else "http"
+        log.info("Serving %s with %s at %s://%s:%s/v1", models.main.id, model.engine.name, scheme, address, port)
+        run(Server(app, api.admission, options), listener)
 
 
 serve = AppCommand(

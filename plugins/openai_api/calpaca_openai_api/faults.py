@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calpaca.core.errors import (
+    AdapterError,
     CalpacaError,
     ContextOverflowError,
     DownloadError,
@@ -16,6 +17,9 @@ from calpaca.core.errors import (
 )
 
 log = logging.getLogger("calpaca")
+
+UNSUPPORTED = "unsupported_parameter"
+"""The code for a field that is known and cannot be honoured."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -47,12 +51,18 @@ class ApiError(Exception):
 
 def unsupported(field: str, why: str) -> ApiError:
     """A field that is known and cannot be honoured; nothing is ignored in silence."""
-    return ApiError(400, f"'{field}' is not supported: {why}", param=field, code="unsupported_parameter")
+    return ApiError(400, f"'{field}' is not supported: {why}", param=field, code=UNSUPPORTED)
 
 
 def busy(message: str, *, status: int = 503, code: str = "overloaded", seconds: int = 1) -> ApiError:
     """Refused for now; clients try again after `seconds`."""
     return ApiError(status, message, code=code, headers={"Retry-After": str(seconds), "x-should-retry": "true"})
+
+
+def out_of_time(seconds: float) -> ApiError:
+    """A client that tried again would only ask for the same work once more, so it is told not to."""
+    message = f"The request took longer than {seconds:g} s. Ask for a shorter answer, or stream it in parts."
+    return ApiError(504, message, code="timeout", headers={"x-should-retry": "false"})
 
 
 def unknown_model(name: str, known: Sequence[str]) -> ApiError:
@@ -79,8 +89,8 @@ def _from_core(error: CalpacaError) -> ApiError:
         case ContextOverflowError():
             return _overflow(error)
         case UnsupportedError():
-            return ApiError(400, _text(error), code="unsupported_parameter")
-        case ModelNotFoundError():
+            return ApiError(400, _text(error), code=UNSUPPORTED)
+        case ModelNotFoundError() | AdapterError():  # an adapter was unloaded while the request waited
             return ApiError(404, error.message, param="model", code="model_not_found")
         case UsageError():
             return ApiError(400, _text(error))

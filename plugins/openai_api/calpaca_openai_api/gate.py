@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -13,8 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from calpaca_openai_api.answering import CLIENT_GONE
 from calpaca_openai_api.faults import ApiError, as_api_error
-from calpaca_openai_api.keys import Keys
+from calpaca_openai_api.keys import Keys, refuse_path
 from calpaca_openai_api.metrics import Metrics
+from calpaca_openai_api.rates import Rates
 from calpaca_openai_api.record import Record
 from calpaca_openai_api.settings import is_loopback
 from calpaca_openai_api.wire import Json
@@ -40,22 +41,25 @@ class Gate:
     metrics: Metrics
     max_body: int
     local_only: bool = False
+    rates: Rates = field(default_factory=Rates)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         record = Record(scope["method"], scope["path"])
+        limits: dict[str, str] = {}
         scope.setdefault("state", {})["record"] = record
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = record.id
+                MutableHeaders(scope=message).update({**limits, "x-request-id": record.id})
             await send(message)
 
         try:
-            await self._pass(scope, receive, send_with_id, record)
+            limits |= self._enter(scope, record)
+            await self._pass(scope, receive, send_with_id)
         except Exception as error:
             if record.status == 0:  # else the app has answered already, or a stream is broken off
                 fault = as_api_error(error)
@@ -64,12 +68,18 @@ class Gate:
         finally:
             self._note(record)
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
+    def _enter(self, scope: Scope, record: Record) -> dict[str, str]:
+        """Check host and key, and count the request; the headers that tell what is left. Raises ApiError."""
         headers = Headers(scope=scope)
         if self.local_only and not is_loopback(_host(headers.get("host", ""))):
             raise ApiError(403, "This server answers to requests for localhost only.", code="host_not_allowed")
         if scope["path"] not in _OPEN:
             record.key_name, record.key = self.keys.find(headers.get("authorization"))
+            refuse_path(record.key, scope["path"])
+        return self.rates.enter(record.key_name, record.key) if scope["method"] == "POST" else {}
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
         if scope["method"] == "POST":
             _check_type(headers.get("content-type", ""))
             receive = await self._with_body(receive, headers)
@@ -111,7 +121,10 @@ class Gate:
         if record.first is not None:
             self.metrics.first_token.labels(record.model).observe(record.first)
         if record.usage is not None:
+            self.rates.spend(record.key_name, record.key, record.usage.total_tokens)
             self.metrics.prompt_tokens.labels(record.model, record.key_name).inc(record.usage.prompt_tokens)
+            if record.speed is not None:
+                self.metrics.speed.labels(record.model).observe(record.speed)
             self.metrics.completion_tokens.labels(record.model, record.key_name).inc(record.usage.completion_tokens)
 
 

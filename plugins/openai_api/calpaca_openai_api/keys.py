@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Mapping
 
+from calpaca_openai_api import admin
 from calpaca_openai_api.faults import ApiError
 from calpaca_openai_api.settings import KeySettings, digest
 
@@ -42,3 +43,10 @@ def refuse_model(key: KeySettings | None, model: str) -> None:
     if key is not None and key.models is not None and model not in key.models:
         message = f"This key is not for the model '{model}'. It is for: {', '.join(key.models)}."
         raise ApiError(403, message, param="model", code="model_not_allowed")
+
+
+def refuse_path(key: KeySettings | None, path: str) -> None:
+    """Raise ApiError 403 for what a key is not for."""
+    scope = "admin" if path in admin.PATHS else "metrics" if path == "/metrics" else "inference"
+    if key is not None and scope not in key.scopes:
+        raise ApiError(403, f"This key is not for {path}: it lacks the scope '{scope}'.", code="insufficient_scope")

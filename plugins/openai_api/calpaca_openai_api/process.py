@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from calpaca.core.errors import UsageError
 from calpaca_openai_api.admission import Admission
+from calpaca_openai_api.settings import ServeOptions
 
 _BACKLOG = 2048
 
@@ -36,12 +37,16 @@ def run(server: Server, listener: socket.socket) -> None:
 class Server(uvicorn.Server):
     """uvicorn's server, which ends with 0 when it is told to end."""
 
-    def __init__(self, app: ASGIApp, admission: Admission, drain: float) -> None:
-        """`drain` is how many seconds running requests get to end in."""
-        seconds = max(1, round(drain))
+    def __init__(self, app: ASGIApp, admission: Admission, options: ServeOptions) -> None:
         super().__init__(
             uvicorn.Config(
-                app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=seconds
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(options.drain)),
+                ssl_certfile=options.tls_cert,
+                ssl_keyfile=options.tls_key,
             )
         )
         self._admission = admission

@@ -33,6 +33,14 @@ class Record:
         if self.first is None:
             self.first = time.monotonic() - self.started
 
+    @property
+    def speed(self) -> float | None:
+        """Tokens per second after the first piece; None for an answer of fewer than two, or that is not streamed."""
+        seconds = time.monotonic() - self.started - (self.first or 0.0)
+        if self.usage is None or self.first is None or self.usage.completion_tokens < 2 or seconds <= 0:
+            return None
+        return (self.usage.completion_tokens - 1) / seconds
+
     def line(self) -> dict[str, Any]:
         """The access log's line: no text of request or answer is in it."""
         line: dict[str, Any] = {

@@ -8,13 +8,18 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any
 
 from calpaca.core.catalogue import DEFAULT_EMBEDDING
 from calpaca.core.embedding import Embedder
+from calpaca.core.engine import AdapterEngine
+from calpaca.core.errors import UnsupportedError, UsageError
+from calpaca.core.files import AdapterFiles
 from calpaca.core.model import Model
 from calpaca.core.runtime import Runtime
-from calpaca.core.spec import ModelSpec, is_address
+from calpaca.core.sources import resolve_adapter
+from calpaca.core.spec import AdapterSpec, ModelSpec, is_address
 from calpaca.plugins.app import App
 from calpaca.plugins.instances import Instance, instances
 from calpaca_openai_api.app_runs import AppRuns
@@ -39,9 +44,17 @@ class ServedModel:
         """The model. The first call takes long: not for an event loop. Raises ModelError."""
         with self._lock:
             if self._model is None:
-                self._model = self._runtime.model(self.spec)
+                self._model = self._open()
                 threading.Thread(target=self._take_fingerprint, args=[self._model], daemon=True).start()
             return self._model
+
+    @property
+    def loaded(self) -> Model | None:
+        """The model, if it is loaded."""
+        return self._model
+
+    def _open(self) -> Model:
+        return self._runtime.model(self.spec)
 
     async def get(self) -> Model:
         """The model, without holding up the event loop."""
@@ -55,6 +68,37 @@ class ServedModel:
     def _take_fingerprint(self, model: Model) -> None:
         with suppress(Exception):
             self._fingerprint.set_result(f"fp_{model.fingerprint[:16]}")
+
+
+class ServedAdapter(ServedModel):
+    """A LoRA adapter on a served model, under an id of its own; both run on one engine, side by side."""
+
+    def __init__(self, id: str, adapter: AdapterSpec, base: ServedModel, runtime: Runtime) -> None:
+        super().__init__(id, base.spec, runtime, parent=base.id)
+        self._adapter = adapter
+        self._base = base
+
+    def _open(self) -> Model:
+        """Raises ModelError for an adapter of another base, UnsupportedError for one that must be merged."""
+        base = self._base.load()
+        found = resolve_adapter(self._adapter.source, self._runtime)
+        _adapter_engine(base).load_adapter(self.id, found.path, self._adapter.scale)
+        return base.adapted(AdapterFiles(self.id, found.path, self._adapter.scale))
+
+    def unload(self) -> None:
+        """Take no more requests; running ones end."""
+        if self._model is not None:
+            _adapter_engine(self._model).unload_adapter(self.id)
+
+
+def _adapter_engine(model: Model) -> AdapterEngine:
+    """Raises UnsupportedError."""
+    if isinstance(model.engine, AdapterEngine) and model.engine.capabilities().adapters:
+        return model.engine
+    raise UnsupportedError(
+        f"The engine '{model.engine.name}' does not run '{model.name}' with several adapters side by side.",
+        "Use --engine transformers, or put the adapter on the model for good: --adapter PATH, without a name.",
+    )
 
 
 class ServedEmbedder:
@@ -87,10 +131,20 @@ Served = ServedModel | ServedEmbedder | ServedApp
 class ServedModels:
     """Everything that can be asked, by id. `main` is the language model of requests that name none."""
 
-    def __init__(self, runtime: Runtime, spec: ModelSpec, embedding: str | None = None) -> None:
-        """`spec` is the main model's. Loads it where nothing else tells its name. Raises ModelError."""
+    def __init__(
+        self,
+        runtime: Runtime,
+        spec: ModelSpec,
+        embedding: str | None = None,
+        adapters: Mapping[str, AdapterSpec] = MappingProxyType({}),
+    ) -> None:
+        """`spec` is the main model's, `adapters` run beside it. Loads it where nothing else tells its name.
+
+        Raises ModelError, UsageError for a name that is taken.
+        """
         self.runtime = runtime
         self.created = int(time.time())
+        self._changing = threading.Lock()
         named = runtime.settings.models
         self.main = ServedModel(_main_id(spec, runtime), spec, runtime)
         found: list[Served] = [self.main]
@@ -104,6 +158,8 @@ class ServedModels:
         self._by_id: dict[str, Served] = {}
         for served in found:
             self._by_id.setdefault(served.id, served)
+        for name, adapter in adapters.items():
+            self._add(ServedAdapter(name, adapter, self.main, runtime))
 
     @property
     def ids(self) -> list[str]:
@@ -122,6 +178,19 @@ class ServedModels:
             raise ApiError(400, f"'{served.id}' is no language model; it cannot be asked for this.", param="model")
         return served
 
+    def twins(self, served: ServedModel) -> list[Model]:
+        """The loaded models of the same weights on other engines, which may do what its own does not."""
+        if served.loaded is None or served.fingerprint is None:
+            return []
+        return [
+            other.loaded
+            for other in self._by_id.values()
+            if isinstance(other, ServedModel)
+            and other.loaded is not None
+            and other.loaded.engine is not served.loaded.engine
+            and other.fingerprint == served.fingerprint
+        ]
+
     def embedding_model(self, id: str | None) -> ServedEmbedder:
         """Raises ApiError."""
         served = self.embedder if id is None else self.find(id)
@@ -129,10 +198,43 @@ class ServedModels:
             raise ApiError(400, f"'{served.id}' is no embedding model; '{self.embedder.id}' is.", param="model")
         return served
 
+    # Adapters, while the server runs --------------------------------------------------------------------------------
+    def load_adapters(self) -> None:
+        """Load the adapters that are served beside a model. Raises ModelError."""
+        for served in self._by_id.values():
+            if isinstance(served, ServedAdapter):
+                served.load()
+
+    def add_adapter(self, id: str, adapter: AdapterSpec, base: str | None) -> None:
+        """Load an adapter on a served model, None is the main one. Raises ApiError, ModelError, UsageError."""
+        served = ServedAdapter(id, adapter, self.language_model(base), self.runtime)
+        with self._changing:
+            self._check_free(id)
+            served.load()
+            self._add(served)
+
+    def remove_adapter(self, id: str) -> None:
+        """Serve an adapter no longer; running requests end. Raises ApiError."""
+        with self._changing:
+            served = self.find(id)
+            if not isinstance(served, ServedAdapter):
+                raise ApiError(400, f"'{id}' is no adapter.", param="lora_name")
+            self._by_id = {each: other for each, other in self._by_id.items() if each != id}
+            served.unload()
+
+    def _add(self, served: Served) -> None:
+        self._check_free(served.id)
+        self._by_id = {**self._by_id, served.id: served}  # replaced, since others may be reading it
+
+    def _check_free(self, id: str) -> None:
+        if id in self._by_id:
+            raise UsageError(f"A model called '{id}' is served already.", "Choose another name, or unload it first.")
+
     def describe(self, id: str) -> dict[str, Any]:
-        """OpenAI's Model. Raises ApiError 404."""
-        self.find(id)
-        return {"id": id, "object": "model", "created": self.created, "owned_by": "calpaca"}
+        """OpenAI's Model; an adapter also names its `parent`. Raises ApiError 404."""
+        served = self.find(id)
+        model = {"id": id, "object": "model", "created": self.created, "owned_by": "calpaca"}
+        return {**model, "parent": served.parent} if isinstance(served, ServedAdapter) else model
 
 
 def _main_id(spec: ModelSpec, runtime: Runtime) -> str:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from calpaca import __version__
 from calpaca.core.engine import Usage
 from calpaca.core.errors import CalpacaError
+from calpaca.core.model import Model
+from calpaca_openai_api import admin
 from calpaca_openai_api.admission import Admission
 from calpaca_openai_api.answering import admitted, respond, while_connected
 from calpaca_openai_api.app_chat import plan_app
@@ -23,7 +27,7 @@ from calpaca_openai_api.bodies import ChatBody, CompletionBody, DetokenizeBody, 
 from calpaca_openai_api.chat import ChatForm, plan_chat
 from calpaca_openai_api.completions import CompletionForm, plan_completion
 from calpaca_openai_api.embeddings import embed, embedding_response
-from calpaca_openai_api.faults import ApiError, as_api_error, busy
+from calpaca_openai_api.faults import UNSUPPORTED, ApiError, as_api_error, busy
 from calpaca_openai_api.gate import Gate
 from calpaca_openai_api.keys import Keys, refuse_model
 from calpaca_openai_api.metrics import Metrics
@@ -90,8 +94,7 @@ class Api:
         else:
             if body.options is not None:
                 raise ApiError(400, "'options' are for apps; this is a language model.", param="options")
-            model = await self._language_model(served).get()
-            plan = await asyncio.to_thread(plan_chat, body, model, self.defaults)
+            plan = await self._planned(plan_chat, body, self._language_model(served))
             fingerprint = self._language_model(served).fingerprint
         form = ChatForm(body, Envelope("chatcmpl", served.id, fingerprint))
         pieces = admitted(self.admission, _record(request), plan.pieces)
@@ -99,11 +102,24 @@ class Api:
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         served = self._language_model(self._find(body.model, request))
-        model = await served.get()
-        plan = await asyncio.to_thread(plan_completion, body, model, self.defaults)
+        plan = await self._planned(plan_completion, body, served)
         form = CompletionForm(plan, Envelope("cmpl", served.id, served.fingerprint))
         pieces = admitted(self.admission, _record(request), plan.pieces)
         return await respond(request, pieces, form, streamed=bool(body.stream))
+
+    async def _planned(self, plan: Callable[[Any, Model, Defaults], Any], body: Any, served: ServedModel) -> Any:
+        """The plan for a request: on the model's engine, or on one of the same weights that does what this one refuses.
+
+        Raises ApiError that names the field which no engine takes.
+        """
+        model = await served.get()
+        try:
+            return await asyncio.to_thread(plan, body, model, self.defaults)
+        except ApiError as refused:
+            for twin in self.models.twins(served) if refused.code == UNSUPPORTED else ():
+                with suppress(ApiError):
+                    return await asyncio.to_thread(plan, body, twin, self.defaults)
+            raise
 
     async def embed(self, body: EmbeddingBody, request: Request) -> Response:
         self._need_model(body.model)
@@ -112,7 +128,7 @@ class Api:
         concurrency = record.key.concurrency if record.key is not None else None
 
         async def work() -> Response:
-            async with self.admission.slot(record.key_name, concurrency):
+            async with self.admission.slot(record.key_name, concurrency, served.id):
                 vectors, tokens = await embed(body, await served.get())
             record.usage = Usage(tokens)
             return Json(embedding_response(body, served.id, vectors, tokens))
@@ -126,6 +142,13 @@ class Api:
     async def detokenize(self, body: DetokenizeBody, request: Request) -> Response:
         model = await self._language_model(self._find(body.model, request)).get()
         return Json(await asyncio.to_thread(detokenize, body, model))
+
+    # Administration ------------------------------------------------------------------------------------------------
+    async def load_adapter(self, body: admin.LoadAdapterBody) -> Response:
+        return Json(await asyncio.to_thread(admin.load_adapter, body, self.models))
+
+    async def unload_adapter(self, body: admin.UnloadAdapterBody) -> Response:
+        return Json(await asyncio.to_thread(admin.unload_adapter, body, self.models))
 
     # The model of a request ----------------------------------------------------------------------------------------
     def _find(self, id: str | None, request: Request) -> Served:
@@ -158,10 +181,11 @@ def _note_model(request: Request, served: Served) -> Record:
 
 def build_app(models: ServedModels, options: ServeOptions, keys: Mapping[str, KeySettings]) -> tuple[ASGIApp, Api]:
     """The whole server as an ASGI app, and its endpoints."""
-    admission = Admission(options.max_running, options.max_waiting)
+    admission = Admission(options.max_running, options.max_waiting, options.timeout)
     api = Api(models, admission, Metrics(admission), options)
     app = FastAPI(title="calpaca", version=__version__, redoc_url=None)
-    for method, path, endpoint in _routes(api):
+    administered = any("admin" in key.scopes for key in keys.values())
+    for method, path, endpoint in (*_routes(api), *(_admin_routes(api) if administered else ())):
         app.add_api_route(path, endpoint, methods=[method], response_class=Response)
     handled = (
         ApiError,
@@ -175,7 +199,15 @@ def build_app(models: ServedModels, options: ServeOptions, keys: Mapping[str, Ke
     for kind in handled:
         app.add_exception_handler(kind, _show_error)
     local_only = not keys and not options.without_key and is_loopback(options.host)
-    return Gate(app, Keys(keys), api.metrics, options.max_body, local_only), api
+    gate: ASGIApp = Gate(app, Keys(keys), api.metrics, options.max_body, local_only)
+    return (_for_origins(gate, options.cors_origins) if options.cors_origins else gate), api
+
+
+def _for_origins(app: ASGIApp, origins: list[str]) -> ASGIApp:
+    """Let pages of these web origins ask."""
+    return CORSMiddleware(
+        app, allow_origins=origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"], expose_headers=["*"]
+    )
 
 
 def _routes(api: Api) -> list[tuple[str, str, Any]]:
@@ -191,6 +223,10 @@ def _routes(api: Api) -> list[tuple[str, str, Any]]:
         ("GET", "/ready", api.ready),
         ("GET", "/metrics", api.show_metrics),
     ]
+
+
+def _admin_routes(api: Api) -> list[tuple[str, str, Any]]:
+    return [("POST", admin.LOAD, api.load_adapter), ("POST", admin.UNLOAD, api.unload_adapter)]
 
 
 async def _show_error(request: Request, error: Exception) -> Response:

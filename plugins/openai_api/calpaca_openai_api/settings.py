@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import re
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from calpaca.core.errors import UsageError
-from calpaca.plugins.options import ModelOptions, SamplingOptions, read_options
+from calpaca.core.spec import AdapterSpec, ModelSpec
+from calpaca.plugins.options import Flag, ModelOptions, SamplingOptions, read_options
 
 DEFAULT_PORT = 8000
+
+
+_NAMED = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)=(?P<adapter>.+)")
 
 
 class ServeOptions(ModelOptions, SamplingOptions):
     """Options of `calpaca serve`. The sampling options hold for requests that do not say otherwise."""
 
+    adapters: Annotated[list[str], Flag("adapter")] = Field(
+        [],
+        description="LoRA adapter to put on the model, as everywhere; NAME=PATH serves one beside it, as a model of its"
+        " own. Repeat for several.",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     api_key_file: Path | None = Field(None, description="File of keys that clients must show, one a line.")
@@ -27,7 +38,37 @@ class ServeOptions(ModelOptions, SamplingOptions):
     max_running: int = Field(64, ge=1, description="Requests that run at once.")
     max_waiting: int = Field(1024, ge=0, description="Requests that may wait; more are refused with 503.")
     max_body: int = Field(8 << 20, ge=1024, description="Longest request, in bytes.")
+    timeout: float = Field(
+        600.0, gt=0, description="Seconds that a request may take, waiting included; then it ends with 504."
+    )
+    cors_origins: Annotated[list[str], Flag("cors-origin")] = Field(
+        [], description="Web origin whose pages may ask, such as https://example.org; repeat for several."
+    )
+    tls_cert: Path | None = Field(None, description="Certificate, with its chain, to serve HTTPS with.")
+    tls_key: Path | None = Field(None, description="Private key of the certificate.")
     drain: float = Field(60.0, ge=0, description="Seconds that running requests get to end in after SIGTERM.")
+
+    def spec(self) -> ModelSpec:
+        """The main model, without the adapters that are served beside it."""
+        return super(ServeOptions, self._without_named()).spec()
+
+    def _without_named(self) -> ServeOptions:
+        return self.model_copy(update={"adapters": [each for each in self.adapters if _named(each) is None]})
+
+    @property
+    def named_adapters(self) -> dict[str, AdapterSpec]:
+        """The adapters that are served beside the main model, by the ids that they get. Raises UsageError."""
+        found: dict[str, AdapterSpec] = {}
+        for match in filter(None, map(_named, self.adapters)):
+            if match["name"] in found:
+                raise UsageError(f"Two adapters are called '{match['name']}'.", "Give each a name of its own.")
+            found[match["name"]] = AdapterSpec.model_validate(match["adapter"])
+        return found
+
+
+def _named(adapter: str) -> re.Match[str] | None:
+    """NAME=PATH, unless there is a file of just that name."""
+    return None if Path(adapter.rpartition("@")[0] or adapter).exists() else _NAMED.fullmatch(adapter)
 
 
 class KeySettings(BaseModel):
@@ -37,6 +78,13 @@ class KeySettings(BaseModel):
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Digest of the key: printf %s KEY | sha256sum")
     models: tuple[str, ...] | None = Field(None, description="Models it may use; left out: all.")
+    scopes: tuple[Literal["inference", "metrics", "admin"], ...] = Field(
+        ("inference", "metrics"), description="What it is for; admin loads and unloads adapters."
+    )
+    requests_per_minute: int | None = Field(None, ge=1, description="Requests in a minute; left out: any number.")
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="Tokens of prompts and answers in a minute; left out: any number."
+    )
     concurrency: int | None = Field(None, ge=1, description="Requests at once; left out: as many as there is room for.")
 
 
@@ -58,6 +106,7 @@ def read_serve_options(
     if options.api_key_file is not None:
         keys |= _keys_in(options.api_key_file)
     _refuse_open_door(options, keys)
+    _check_tls(options)
     return options, keys
 
 
@@ -81,6 +130,20 @@ def _refuse_open_door(options: ServeOptions, keys: Mapping[str, KeySettings]) ->
             f"{options.host} can be reached from other machines, and there is no key.",
             "Give keys with --api-key-file FILE, or say --without-key.",
         )
+
+
+def _check_tls(options: ServeOptions) -> None:
+    if (options.tls_cert is None) != (options.tls_key is None):
+        raise UsageError("HTTPS needs a certificate and its key.", "Give both --tls-cert and --tls-key.")
+    if options.tls_cert is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.tls_cert, options.tls_key, password="")
+    except (OSError, ssl.SSLError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"The certificate {options.tls_cert} and the key {options.tls_key} cannot be used: {error}.",
+            "Both are PEM files; the key has no passphrase and belongs to the certificate.",
+        ) from error
 
 
 def is_loopback(host: str) -> bool:

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,29 +106,41 @@ class Running:
         return False
 
 
+@contextmanager
+def serve(options: ServeOptions, keys: dict[str, KeySettings] | None = None, **settings: Any) -> Iterator[Running]:
+    with build_runtime(Settings(device="cpu", **settings)) as runtime:
+        models = ServedModels(runtime, runtime.check(options.spec()), None, options.named_adapters)
+        models.main.load()
+        models.load_adapters()
+        app, api = build_app(models, options, keys or {})
+        listener = open_socket(options.host, options.port)
+        server = Server(app, api.admission, options)
+        thread = threading.Thread(target=run, args=[server, listener])
+        thread.start()
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", api, runtime)
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., AbstractContextManager[Running]]:
+    """`serving(options, keys, **settings)` serves real weights for as long as its context is open."""
+    return serve
+
+
 @pytest.fixture(scope="session")
 def running(smollm2: Path, e5: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """SmolLM2 in float32, a second model of the same weights in bfloat16, e5, and retrieval_qa over a handbook."""
     folder = tmp_path_factory.mktemp("served")
     handbook = folder / "handbook.md"
     handbook.write_text("# Keys\n\nThe key of the archive is kept by Mrs Abendroth on the second floor.\n")
-    settings = Settings(
+    options = ServeOptions(model=MODEL, dtype="float32", engine="transformers", port=0, temperature=0.0)
+    with serve(
+        options,
         models={"half": ModelSpec(model=MODEL, dtype="bfloat16")},
         apps={"handbook": {"app": "retrieval_qa", "files": [str(handbook)], "dtype": "float32"}},
-        device="cpu",
-    )
-    options = ServeOptions(model=MODEL, dtype="float32", engine="transformers", port=0, temperature=0.0)
-    with build_runtime(settings) as runtime:
-        models = ServedModels(runtime, runtime.check(options.spec()))
-        models.main.load()
-        app, api = build_app(models, options, {})
-        listener = open_socket(options.host, options.port)
-        server = Server(app, api.admission, options.drain)
-        thread = threading.Thread(target=run, args=[server, listener])
-        thread.start()
-        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", api, runtime)
-        server.should_exit = True
-        thread.join()
+    ) as running:
+        yield running
 
 
 def fixed(schema: Any) -> Any:
