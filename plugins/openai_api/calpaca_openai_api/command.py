@@ -48,7 +48,8 @@ serve = AppCommand(
     help="""Serves models and apps to OpenAI clients.
 
     Chats, completions and embeddings at http://HOST:PORT/v1, for the model of these options, the named models of the
-    settings, and every installed app that only reads, as the model app:NAME. The section [plugins.openai_api] of the
+    settings, and every installed app that only reads, as the model app:NAME. --adapter NAME=PATH serves an adapter beside
+    the model, as a model of its own. The section [plugins.openai_api] of the
     settings holds the same options, and keys.
     """,
     groups={name: group_of(ServeOptions, name) for name in ServeOptions.model_fields},

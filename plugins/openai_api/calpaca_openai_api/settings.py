@@ -25,11 +25,6 @@ _NAMED = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)=(?P<adapter>.+)")
 class ServeOptions(ModelOptions, SamplingOptions):
     """Options of `calpaca serve`. The sampling options hold for requests that do not say otherwise."""
 
-    adapters: Annotated[list[str], Flag("adapter")] = Field(
-        [],
-        description="LoRA adapter to put on the model, as everywhere; NAME=PATH serves one beside it, as a model of its"
-        " own. Repeat for several.",
-    )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     api_key_file: Path | None = Field(None, description="File of keys that clients must show, one a line.")
