@@ -126,6 +126,7 @@ def _run(instance: Instance, typed: Mapping[str, Any], *, as_json: bool, verbose
     from calpaca.plugins.options import read_options
 
     app, runtime = instance.app, shared_runtime()
+    runtime.attaches = runtime.settings.attach
     options = read_options(app.load_options(), {**instance.presets, **typed}, instance.name)
     with _answers_only() as out:
         runner = app.build(options, runtime)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from calpaca.core.engine import Conversation, ConversationEngine, Engine, Grammar, Handle, Request, Sampling
-from calpaca.core.errors import UnsupportedError
+from calpaca.core.errors import ModelError, UnsupportedError
 from calpaca.core.spec import ModelSpec
 from calpaca.core.template import ChatTemplate, Message
 
 if TYPE_CHECKING:
     from calpaca.core.files import AdapterFiles, ModelFiles
     from calpaca.core.runtime import Runtime
+
+log = logging.getLogger("calpaca")
 
 
 class Model:
@@ -51,10 +54,25 @@ class Model:
             remote: Engine = runtime.engines.get(spec.engine).load()(spec, runtime)
             return cls(str(remote.capabilities().details["model"]), spec, remote, remote.template)
         files = find_files(spec, runtime)
+        if runtime.attaches and (attached := cls._attached(files, runtime)) is not None:
+            return attached
         Thread(target=_warm, args=[files], daemon=True).start()
         engine_name = choose_engine(files, runtime) if spec.engine == "auto" else spec.engine
         engine = runtime.engines.get(engine_name).load()(files, runtime)
         return cls(files.name, spec, engine, engine.template, files)
+
+    @classmethod
+    def _attached(cls, files: ModelFiles, runtime: Runtime) -> Model | None:
+        """The model as a running server of this user has it loaded; None where none has, or does not answer."""
+        from calpaca.core.attaching import find_running
+
+        with suppress(ModelError):
+            found = find_running(files)
+            if found is not None:
+                engine: Engine = runtime.engines.get(found.engine).load()(found, runtime)
+                log.info("Asking the running server at %s.", found.model)
+                return cls(files.name, files.spec, engine, engine.template, files)
+        return None
 
     def adapted(self, files: AdapterFiles) -> Model:
         """This model with an adapter that its engine has loaded under the name in `files`."""

@@ -33,6 +33,7 @@ class Runtime:
         self.stores: Registry[Component] = Registry("vector store")
         self.apps: Registry[Component] = Registry("app")
         self.purpose: Purpose = "chat"  # a server sets `load` before it loads a model; `auto` engines differ
+        self.attaches = False  # whether a model that a running server has loaded is asked there; `calpaca run` sets it
         self.plugins: Any = None  # what discovery found; opaque here, since plugins lie above the core
         self._models: dict[str, Model] = {}
         self._embedders: dict[str, Embedder] = {}

@@ -92,6 +92,9 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0 or cuda:0,1.")
     engine: str = Field("auto", description="Engine used when none is named.")
     hub_timeout: float = Field(3.0, description="Seconds to wait for a model hub before the next source is tried.")
+    attach: bool = Field(
+        True, description="Let `calpaca run` use a running `calpaca serve` that has the wanted model loaded."
+    )
     sampling: SamplingSettings = Field(SamplingSettings(), description="Defaults for every generation.")
     remote: RemoteSettings = Field(RemoteSettings(), description="Servers that the engine `remote` asks.")
     models: dict[str, ModelSpec] = Field({}, description="Named models: [models.NAME] model = …, adapters = […].")

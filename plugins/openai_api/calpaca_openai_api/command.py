@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from ipaddress import ip_address
+from secrets import token_urlsafe
 from typing import Any
 
 import click
@@ -20,6 +22,7 @@ def _serve(ctx: click.Context, /, **values: Any) -> None:
     runtime = shared_runtime()
     typed = {name: value for name, value in values.items() if was_typed(ctx, name)}
     options, keys = read_serve_options(typed, runtime.settings.plugins.get("openai_api", {}))
+    from calpaca_openai_api.announcing import announcement, attached_key
     from calpaca_openai_api.process import Server, open_socket, run
     from calpaca_openai_api.served import ServedModels
     from calpaca_openai_api.server import build_app
@@ -33,12 +36,15 @@ def _serve(ctx: click.Context, /, **values: Any) -> None:
         models = ServedModels(runtime, spec, options.embedding, adapters)
         model = models.main.load()
         models.load_adapters()
-        app, api = build_app(models, options, keys)
+        secret = token_urlsafe() if keys else None
+        app, api = build_app(models, options, keys | attached_key(secret))
         host, port = listener.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         scheme = "https" if options.tls_cert is not None else "http"
         log.info("Serving %s with %s at %s://%s:%s/v1", models.main.id, model.engine.name, scheme, address, port)
-        run(Server(app, api.admission, options), listener)
+        local = "127.0.0.1" if ip_address(host).is_unspecified else address
+        with announcement(f"{scheme}://{local}:{port}/v1", secret, models):
+            run(Server(app, api.admission, options), listener)
 
 
 serve = AppCommand(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from types import MappingProxyType
@@ -177,6 +177,12 @@ class ServedModels:
         if not isinstance(served, ServedModel):
             raise ApiError(400, f"'{served.id}' is no language model; it cannot be asked for this.", param="model")
         return served
+
+    def local(self) -> Iterator[tuple[ServedModel, Model]]:
+        """The loaded models whose weights are on this machine."""
+        for served in self._by_id.values():
+            if isinstance(served, ServedModel) and served.loaded is not None and served.loaded.files is not None:
+                yield served, served.loaded
 
     def twins(self, served: ServedModel) -> list[Model]:
         """The loaded models of the same weights on other engines, which may do what its own does not."""

@@ -15,7 +15,11 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from calpaca.core.engine import Sampling
 from calpaca.core.errors import UsageError
+from calpaca.core.paths import data_dir
+from calpaca.core.settings import Settings
+from calpaca.plugins.wiring import build_runtime
 from calpaca_openai_api.process import open_socket
 from calpaca_openai_api.settings import digest, read_serve_options
 
@@ -115,3 +119,26 @@ def test_the_program_asks_for_the_key_in_its_file(program, tmp_path):
     assert httpx2.get(f"{url}/models").status_code == 401
     listed = httpx2.get(f"{url}/models", headers={"Authorization": "Bearer sesame"})
     assert listed.status_code == 200
+
+
+def test_a_running_server_is_asked_instead_of_loading_its_model_again(program, smollm2, tmp_path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("sesame\n")
+    process, url = program("--api-key-file", str(file))
+    servers = data_dir() / "servers"
+    end = time.monotonic() + 30
+    while not list(servers.glob("*.json")):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    with build_runtime(Settings()) as runtime:
+        runtime.attaches = True
+        model = runtime.model(str(smollm2))
+        assert model.engine.name == "remote"
+        assert model.engine.capabilities().details["endpoints"] == [url]
+        assert model.files is not None
+        assert model.fingerprint == model.files.fingerprint
+        asked = [{"role": "user", "content": "Name a mountain."}]
+        assert model.chat(asked, Sampling(max_new_tokens=8)).result(60).usage.completion_tokens == 8
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    assert not list(servers.glob("*.json"))
