@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import random
 import statistics
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -30,6 +32,7 @@ from calpaca.core.spec import ModelSpec
 from calpaca.core.weights import load_weights
 
 SCENARIOS: dict[str, Callable[[Bench], None]] = {}
+XQUAD = Path(__file__).parents[2] / "shared/data/xquad_en_first24.json"
 FILLER = "The llama walked over the mountain and the alpaca followed it to the river where they drank. "
 
 
@@ -40,7 +43,9 @@ class Bench:
         self.rounds = rounds
         self.runtime = runtime()
         spec = ModelSpec(model="smollm2-135m-instruct", device="cpu", dtype=dtype, engine="transformers")
-        self.engine: Any = self.runtime.model(spec).engine
+        self.model = self.runtime.model(spec)
+        self.engine: Any = self.model.engine
+        self.eos_ids = self.engine._eos_ids
         self.engine._eos_ids = frozenset()  # answers of the lengths asked for, as `generate` makes them
         self.reference = load_weights(find_files(spec, self.runtime)).model
 
@@ -192,6 +197,60 @@ def lookup(bench: Bench) -> None:
         with without_guesses():
             plain.measure(lambda: [bench.run([request]) for request in requests])
     bench.report("answers that quote: without guesses over with", plain, guessed)
+
+
+@scenario
+def grounded(bench: Bench) -> None:
+    """Questions about paragraphs of XQuAD, answered in a few words and by quoting, with guesses and without.
+
+    Answers end where the model ends them.
+    """
+    for style, task in STYLES.items():
+        requests = [Request(prompt, Sampling(max_new_tokens=96)) for prompt in _questions(bench, task)]
+        plain, guessed = Clock(), Clock()
+        bench.engine._eos_ids = bench.eos_ids
+        for _ in range(bench.rounds + 1):
+            guessed.measure(lambda asked=requests: [bench.run([request]) for request in asked])
+            with without_guesses():
+                plain.measure(lambda asked=requests: [bench.run([request]) for request in asked])
+        answers = [bench.engine.submit(request).result() for request in requests]
+        bench.engine._eos_ids = frozenset()
+        tokens = statistics.mean(answer.usage.completion_tokens for answer in answers)
+        prompts = statistics.mean(answer.usage.prompt_tokens for answer in answers)
+        bench.report(
+            f"grounded, {style} ({prompts:.0f} tokens asked, {tokens:.0f} answered): without guesses over with",
+            plain, guessed,
+        )  # fmt: skip
+
+
+STYLES = {
+    "a few words": "Answer in a few words.",
+    "a quoted sentence": "Answer by quoting, word by word, the sentences of the text that tell it.",
+}
+
+
+def _questions(bench: Bench, task: str) -> Iterator[tuple[int, ...]]:
+    """Prompts with the first question of each of eight articles."""
+    for article in json.loads(XQUAD.read_text("utf-8"))["data"][:8]:
+        paragraph = article["paragraphs"][0]
+        text = f"{paragraph['context']}\n\n{paragraph['qas'][0]['question']} {task}"
+        yield tuple(bench.engine.encode(bench.engine.template.parts([{"role": "user", "content": text}])))
+
+
+@scenario
+def batch(bench: Bench) -> None:
+    """`batch` of LangChain's language model on 32 prompts, beside the same requests given to the engine."""
+    from calpaca import CalpacaLLM
+
+    prompts = [f"{number}. {FILLER * (1 + number % 5)}" for number in range(32)]
+    requests = [Request(prompt, Sampling(max_new_tokens=48)) for prompt in prompts]
+    llm = CalpacaLLM.from_model(bench.model, Sampling(max_new_tokens=48))
+    chained, plain = Clock(), Clock()
+    for _ in range(bench.rounds + 1):
+        plain.measure(lambda: bench.run(requests))
+        bench.engine.batch.prefixes.clear()
+        chained.measure(lambda: llm.batch(prompts))
+    bench.report("llm.batch of 32: speed beside the engine's own batch", plain, chained)
 
 
 @scenario

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from calpaca.core.decoding import instead_of
 from calpaca.core.errors import CalpacaError, nearest
 
 FAILED = 1
@@ -71,6 +72,9 @@ def _usage(error: click.ClickException) -> tuple[str, str]:
     context = getattr(error, "ctx", None)
     help_line = f"See: {context.command_path} --help" if context is not None else "See: calpaca --help"
     if isinstance(error, click.NoSuchOption):
+        refusal = instead_of(error.option_name)
+        if refusal is not None:
+            return refusal
         near = nearest(error.option_name, error.possibilities or ())
         return f"Unknown option '{error.option_name}'.", f"Did you mean '{near}'? {help_line}" if near else help_line
     return error.format_message(), help_line

@@ -44,9 +44,16 @@ _SWITCHED_OFF = (None, False, 0, 1)
 """Values with which a field asks for nothing: one beam, a guidance scale of 1."""
 
 
+def instead_of(name: str) -> tuple[str, str] | None:
+    """Message and hint for a field or flag that asks for such a method; None for any other."""
+    field = name.lstrip("-").replace("-", "_")
+    method = NOT_OFFERED.get(field)
+    return (f"No engine of calpaca offers {method.title} ({name}).", method.instead) if method is not None else None
+
+
 def refuse_not_offered(fields: Mapping[str, Any]) -> None:
     """Raise UnsupportedError for the first of `fields` that asks for a method that no engine offers."""
     for name, value in fields.items():
-        if name in NOT_OFFERED and value not in _SWITCHED_OFF:
-            method = NOT_OFFERED[name]
-            raise UnsupportedError(f"No engine of calpaca offers {method.title} ({name}).", method.instead)
+        refusal = instead_of(name)
+        if refusal is not None and value not in _SWITCHED_OFF:
+            raise UnsupportedError(*refusal)

@@ -8,7 +8,7 @@ from langchain_core.caches import InMemoryCache
 
 from calpaca import CalpacaLLM
 from calpaca.core.engine import Grammar, Sampling
-from calpaca.core.errors import AnswerTimeoutError, ContextOverflowError, ModelError, UsageError
+from calpaca.core.errors import AnswerTimeoutError, ContextOverflowError, ModelError, UnsupportedError, UsageError
 from calpaca.testing import fake_model, fake_runtime
 
 TEXT = "one two three four"
@@ -95,6 +95,27 @@ def test_unknown_arguments_are_refused_with_the_nearest_name():
             ask("?", temprature=1)
     with pytest.raises(UsageError, match="Did you mean 'repetition_penalty'"):
         CalpacaLLM(runtime=fake_runtime(), repetition_penality=1.1)
+    assert engine.requests == []
+
+
+def test_penalties_min_p_and_bias_are_taken_per_call_and_at_construction():
+    llm, engine = llm_on([TEXT], min_p=0.2, logit_bias={7: -100.0})
+    llm.invoke("?")
+    llm.invoke("?", frequency_penalty=0.5, presence_penalty=-0.5, min_p=0.1, logit_bias={8: 5})
+    first, second = (request.sampling for request in engine.requests)
+    assert (first.min_p, first.logit_bias, first.frequency_penalty) == (0.2, ((7, -100.0),), 0.0)
+    assert (second.min_p, second.logit_bias) == (0.1, ((8, 5.0),))
+    assert (second.frequency_penalty, second.presence_penalty) == (0.5, -0.5)
+    with pytest.raises(UsageError, match="vocabulary"):
+        llm.invoke("?", logit_bias={999: 1.0})
+
+
+def test_a_method_that_no_engine_offers_is_refused_by_its_name():
+    llm, engine = llm_on([TEXT])
+    with pytest.raises(UnsupportedError, match="beam search"):
+        llm.invoke("?", num_beams=4)
+    with pytest.raises(UnsupportedError, match="guidance"):
+        CalpacaLLM(runtime=fake_runtime(), guidance_scale=1.5)
     assert engine.requests == []
 
 

@@ -16,6 +16,7 @@ from langchain_core.runnables.config import get_config_list
 from langchain_core.utils import secret_from_env
 from pydantic import AliasChoices, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from calpaca.core.decoding import refuse_not_offered
 from calpaca.core.engine import Chunk, Handle, Sampling, TokenLogprob
 from calpaca.core.errors import AnswerTimeoutError, DownloadError, UsageError, unknown_name
 from calpaca.core.langchain.serializable import PublicSerializable
@@ -24,9 +25,28 @@ from calpaca.core.settings import SamplingSettings
 from calpaca.core.spec import ModelSpec
 
 SPEC_FIELDS = frozenset(ModelSpec.model_fields)
-SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
+SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "seed",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+)
 CALL_ARGUMENTS = frozenset(
-    {*SAMPLING_FIELDS, "model", "max_tokens", "max_new_tokens", "logprobs", "top_logprobs", "timeout", "grammar"}
+    {
+        *SAMPLING_FIELDS,
+        "model",
+        "max_tokens",
+        "max_new_tokens",
+        "logprobs",
+        "top_logprobs",
+        "timeout",
+        "grammar",
+        "logit_bias",
+    }
 )
 """Constructor arguments that a single call may override, and the grammar of its answer."""
 _THREADS = 256
@@ -73,6 +93,10 @@ class ModelParameters(PublicSerializable):
     top_k: int | None = Field(None, description="Keep this many of the likeliest tokens; 0 keeps all.")
     repetition_penalty: float | None = Field(None, description="Above 1 makes earlier tokens less likely.")
     seed: int | None = Field(None, description="Makes sampling repeatable.")
+    min_p: float | None = Field(None, description="Keep tokens of this share of the likeliest one's probability.")
+    frequency_penalty: float | None = Field(None, description="Lowers a token for each time the answer has it.")
+    presence_penalty: float | None = Field(None, description="Lowers a token that the answer has at all.")
+    logit_bias: dict[int, float] | None = Field(None, description="Added to the logits of token ids; -100 bans one.")
     stop: list[str] | None = Field(None, description="Texts that end an answer; they are cut off.")
     logprobs: bool = Field(False, description="Report the log probability of each token.")
     top_logprobs: int | None = Field(None, description="Report this many alternatives beside it.")
@@ -98,6 +122,7 @@ class ModelParameters(PublicSerializable):
             runtime=_LoadedModel(model),
             max_tokens=sampling.max_new_tokens,
             stop=list(sampling.stop),
+            logit_bias=dict(sampling.logit_bias) or None,
             **{**given, **logprobs, **arguments},
         )
 
@@ -126,6 +151,7 @@ class ModelParameters(PublicSerializable):
             secret = {"api_key": spec.api_key} if spec.api_key is not None else {}  # no dump holds it
             given = {**spec.model_dump(exclude_defaults=True), **secret, "adapters": spec.adapters, **given}
         known = {*cls.model_fields, *_ALIASES}
+        refuse_not_offered(given)
         for name in given:
             if name not in known:
                 raise UsageError(*unknown_name(f"argument of {cls.__name__}", name, known))
@@ -209,6 +235,7 @@ class ModelParameters(PublicSerializable):
     def _call(self, stop: Sequence[str] | None, arguments: Mapping[str, Any], extra: Any = ()) -> Call:
         """Lay a call's arguments over the constructor's. Raises UsageError for one that is neither known nor `extra`."""
         allowed = CALL_ARGUMENTS | set(extra)
+        refuse_not_offered(arguments)
         for name in arguments:
             if name not in allowed:
                 raise UsageError(*unknown_name(f"argument of a call to {type(self).__name__}", name, allowed))
@@ -230,7 +257,9 @@ class ModelParameters(PublicSerializable):
         values["max_new_tokens"] = next((length for length in lengths if length is not None), None)
         stops = next((each for each in (stop, self.stop) if each is not None), values["stop"])
         values["stop"] = (stops,) if isinstance(stops, str) else tuple(stops)
-        return Sampling(**values, logprobs=self._logprobs(arguments))
+        bias: Mapping[int, float] = arguments.get("logit_bias", self.logit_bias) or {}
+        pairs = tuple((int(token_id), float(value)) for token_id, value in bias.items())
+        return Sampling(**values, logprobs=self._logprobs(arguments), logit_bias=pairs)
 
     def _logprobs(self, arguments: Mapping[str, Any]) -> int | None:
         """How many alternatives are reported; None: no log probabilities at all."""
@@ -321,7 +350,8 @@ def joined(handle: Handle) -> Chunk:
     """A finished answer as one chunk."""
     answer = handle.result()
     return Chunk(
-        answer.text, answer.token_ids, answer.logprobs, answer.finish_reason, answer.stop, answer.usage, answer.timings
+        answer.text, answer.token_ids, answer.logprobs, answer.finish_reason, answer.stop, answer.usage, answer.timings,
+        answer.prompt_logprobs,
     )  # fmt: skip
 
 

@@ -137,6 +137,10 @@ class Handler(BaseHTTPRequestHandler):
             repetition_penalty=body.get("repetition_penalty", 1.0) if knows_more else 1.0,
             seed=body.get("seed"),
             stop=tuple(body.get("stop", ())),
+            min_p=body.get("min_p", 0.0) if knows_more else 0.0,
+            frequency_penalty=body.get("frequency_penalty", 0.0),
+            presence_penalty=body.get("presence_penalty", 0.0),
+            logit_bias=tuple((int(token_id), value) for token_id, value in body.get("logit_bias", {}).items()),
             logprobs=body.get("top_logprobs") if "messages" in body else body.get("logprobs"),
         )
         grammar = None

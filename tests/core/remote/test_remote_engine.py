@@ -146,6 +146,12 @@ def test_every_sampling_field_is_sent_as_the_server_calls_it(serving, connect) -
     }
     assert expected.items() <= body.items()
     assert (body["repetition_penalty"], body["stop"]) == (1.2, ["a", "b"])
+    rarer = Sampling(min_p=0.1, frequency_penalty=0.5, presence_penalty=-0.5, logit_bias=((7, -100.0),))
+    _, body = write_request(Request("text", rarer), "m", DIALECTS["vllm"], 7)
+    assert (body["min_p"], body["frequency_penalty"], body["presence_penalty"]) == (0.1, 0.5, -0.5)
+    assert body["logit_bias"] == {"7": -100.0}
+    assert DIALECTS["openai"].unsupported == {"top_k", "repetition_penalty", "min_p"}
+    assert DIALECTS["llama_cpp"].unsupported == {"frequency_penalty", "presence_penalty"}
     chat = Request("", sampling, Grammar("json_schema", {"type": "object"}), conversation=Conversation(tuple(QUESTION)))
     path, body = write_request(chat, "m", DIALECTS["llama_cpp"], 7)
     assert (path, body["messages"], body["repeat_penalty"]) == ("/chat/completions", QUESTION, 1.2)

@@ -17,6 +17,8 @@ _JSON_ONLY = frozenset({"json_schema"})
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """White space as models were trained on it; a small one loses itself in more. Only llguidance reads it."""
 _EXTRAS = frozenset({"top_k", "repetition_penalty", "min_p", "frequency_penalty", "presence_penalty", "logit_bias"})
+_PENALTIES = {"frequency_penalty": "frequency_penalty", "presence_penalty": "presence_penalty"}
+"""Part of OpenAI's own API. llama.cpp, and so Ollama, has the names too, but counts the prompt."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Dialect:
     sent with every request, and switches off what the server would otherwise do unasked. `most_stops` None: any number.
     `tokenizes`: it turns text into token ids and back, and takes ids as a prompt. `regex`: it knows `structured_outputs`.
     `schema_field` is what a JSON schema is called in a completion, None: as in a chat. `stops_here`: stop texts are
-    looked for on this side, because the server loses text over them.
+    looked for on this side, because the server loses text over them. `biases`: it knows `logit_bias`.
     """
 
     name: str
@@ -41,11 +43,12 @@ class Dialect:
     tokenizes: bool = False
     regex: bool = False
     schema_field: str | None = None
+    biases: bool = False
 
     @property
     def unsupported(self) -> frozenset[str]:
         """Fields of `Sampling` that it does not know."""
-        return frozenset(_EXTRAS - self.names.keys())
+        return frozenset(_EXTRAS - self.names.keys() - ({"logit_bias"} if self.biases else set()))
 
     @property
     def grammars(self) -> frozenset[str]:
@@ -55,22 +58,24 @@ class Dialect:
 _VLLM = Dialect(
     "vllm",
     frozenset({"vllm"}),
-    names={"top_k": "top_k", "repetition_penalty": "repetition_penalty"},
-    fixed={"return_token_ids": True, "min_p": 0.0},
+    names={"top_k": "top_k", "repetition_penalty": "repetition_penalty", "min_p": "min_p", **_PENALTIES},
+    fixed={"return_token_ids": True},
+    biases=True,
     names_stops=True,
     tokenizes=True,
     regex=True,
 )
 
 DIALECTS: Mapping[str, Dialect] = {
-    "openai": Dialect("openai", frozenset({"openai", "system"}), most_stops=4),
+    "openai": Dialect("openai", frozenset({"openai", "system"}), names=_PENALTIES, most_stops=4, biases=True),
     "vllm": _VLLM,
     "calpaca": Dialect(**{**vars(_VLLM), "name": "calpaca", "owners": frozenset({"calpaca"}), "most_stops": 4}),
     "llama_cpp": Dialect(
         "llama_cpp",
         frozenset({"llamacpp"}),
-        names={"top_k": "top_k", "repetition_penalty": "repeat_penalty"},
-        fixed={"min_p": 0.0, "repeat_last_n": 1 << 16},  # else it looks back 64 tokens
+        names={"top_k": "top_k", "repetition_penalty": "repeat_penalty", "min_p": "min_p"},
+        biases=True,
+        fixed={"repeat_last_n": 1 << 16},  # else it looks back 64 tokens
         # It drops what it held back for a stop text when the answer ends for another reason.
         names_stops=True,
         stops_here=True,
@@ -108,6 +113,8 @@ def write_request(
         **{wire: getattr(sampling, name) for name, wire in dialect.names.items()},
         **dialect.fixed,
     }
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token_id): value for token_id, value in sampling.logit_bias}
     if sampling.seed is not None:
         body["seed"] = sampling.seed
     if sampling.stop and not dialect.stops_here:
