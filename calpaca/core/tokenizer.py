@@ -272,8 +272,9 @@ class TransformersTokenizer:
         return text
 
     def token_id(self, token: str) -> int | None:
-        index = self.hf.get_vocab().get(token)
-        return None if index is None else int(index)
+        find = self.hf.backend_tokenizer.token_to_id if self.hf.is_fast else self.hf.get_vocab().get
+        index: int | None = find(token)
+        return index
 
     def for_grammar(self) -> Any:
         if not self.hf.is_fast:

@@ -160,6 +160,7 @@ def test_an_unknown_adapter_is_named_with_the_known_ones(engine: TransformersEng
 
 def test_unloading_the_last_adapter_leaves_the_layers_as_they_were(smollm2: Path, folders: dict[str, Path]) -> None:
     engine = TransformersEngine(weights(smollm2))
+    ask(engine, PROMPTS[0], None, 1)  # the layers are packed by then
     before = type(engine.batch.decoder._layers[0].qkv)
     engine.load_adapter("one", folders["wide"])
     changed = type(engine.batch.decoder._layers[0].qkv)

@@ -59,6 +59,7 @@ def test_a_request_that_comes_at_step_50_starts_by_step_52(engine: TransformersE
     class Watched:
         slots = True
         part = decode.part
+        prepare = decode.prepare
 
         def __call__(self, step: Any) -> Any:
             steps.append({span.row.handle for span in step.spans})

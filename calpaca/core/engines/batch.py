@@ -59,6 +59,7 @@ class Batch:
         self._changes: deque[tuple[Callable[[], None], Future[None]]] = deque()  # to be made between two turns
         self._threads: ThreadPolicy | None = None  # made by the thread whose it is
         self._changed = threading.Condition()
+        self._prepared = False
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="calpaca-engine", daemon=True)
         self._thread.start()
@@ -114,11 +115,16 @@ class Batch:
     def _wait(self) -> bool:
         """Sleep until there is work; False when the batch is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self.waiting or self.rows or self._changes)
+            self._changed.wait_for(
+                lambda: self._closed or not self._prepared or self.waiting or self.rows or self._changes
+            )
             return not self._closed
 
     def _turn(self) -> None:
         """Let cancelled rows go and new ones in, then run one step of all that are under way."""
+        if not self._prepared:
+            self._prepared = not self.decoder.prepare()
+            return
         self._change()
         self._remove_cancelled()
         self._admit()

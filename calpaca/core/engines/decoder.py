@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -42,6 +45,10 @@ class Decoder(Protocol):
 
     def __call__(self, step: Step) -> Tensor: ...
 
+    def prepare(self) -> bool:
+        """Pack the next of the weights, which must be done before the first step; False when none is left."""
+        ...
+
     def part(self, module: str) -> Part | None:
         """A linear layer by its name in the model; None where there is none of that name that can be changed."""
         ...
@@ -77,7 +84,7 @@ def _keeps_keys_and_values(causal: Any) -> bool:
 
 @dataclass
 class _Layer:
-    """A layer's parts, matrices with the same input joined."""
+    """A layer's parts, matrices with the same input joined. It can run before it is packed, only slower."""
 
     attention_norm: Any
     qkv: Any
@@ -85,6 +92,13 @@ class _Layer:
     mlp_norm: Any
     gate_up: Any
     down: Any
+
+    def pack(self) -> None:
+        """Lay the matrices out for this machine, and let go of them as they were."""
+        from calpaca.core.engines.packed import join, pack
+
+        self.qkv, self.gate_up = join(self.qkv.layers), join(self.gate_up.layers)
+        self.output, self.down = pack(self.output), pack(self.down)
 
 
 _JOINED = {
@@ -103,16 +117,23 @@ class LlamaDecoder:
     slots = True
 
     def __init__(self, causal: Any) -> None:
-        from calpaca.core.engines.packed import pack
-
         config = causal.config
         self._head_size: int = causal.model.layers[0].self_attn.head_dim
         self._sizes = [heads * self._head_size for heads in _heads(config)]
         self._mlp_size: int = config.intermediate_size
         self._hidden_size: int = config.hidden_size
         self._embed, self._rotary, self._norm = causal.model.embed_tokens, causal.model.rotary_emb, causal.model.norm
-        self._head, causal.lm_head = pack(causal.lm_head), None
+        self._head, causal.lm_head = causal.lm_head, None
         self._layers = [_take_layer(layer) for layer in causal.model.layers]
+        self._unpacked: deque[Callable[[], None]] = deque([self._pack_head, *(layer.pack for layer in self._layers)])
+
+    def prepare(self) -> bool:
+        return _do_next(self._unpacked)
+
+    def _pack_head(self) -> None:
+        from calpaca.core.engines.packed import pack
+
+        self._head = pack(self._head)
 
     def __call__(self, step: Step) -> Tensor:
         hidden = self._embed(step.ids)
@@ -163,20 +184,28 @@ def _heads(config: Any) -> tuple[int, int, int]:
 
 
 def _take_layer(layer: Any) -> _Layer:
-    """Repack one layer and take its matrices out of the model, so that they are not there twice."""
-    from calpaca.core.engines.packed import join, pack
+    """Take a layer's matrices out of the model, so that they are not there twice once they are packed."""
+    from calpaca.core.engines.packed import Joined
 
     attention, mlp = layer.self_attn, layer.mlp
     taken = _Layer(
         layer.input_layernorm,
-        join([attention.q_proj, attention.k_proj, attention.v_proj]),
-        pack(attention.o_proj),
+        Joined([attention.q_proj, attention.k_proj, attention.v_proj]),
+        attention.o_proj,
         layer.post_attention_layernorm,
-        join([mlp.gate_proj, mlp.up_proj]),
-        pack(mlp.down_proj),
+        Joined([mlp.gate_proj, mlp.up_proj]),
+        mlp.down_proj,
     )
     layer.self_attn = layer.mlp = None
     return taken
+
+
+def _do_next(left: deque[Callable[[], None]]) -> bool:
+    """Do the first thing that is left; False when nothing is. What fails is not tried again: it only makes faster."""
+    if left:
+        left.popleft()()
+        return True
+    return False
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -197,15 +226,15 @@ class HubDecoder:
     def __init__(self, causal: Any) -> None:
         from transformers import AttentionInterface
 
-        from calpaca.core.engines.packed import pack
-
         AttentionInterface.register(ATTENTION, _attend)
         causal.set_attn_implementation(ATTENTION)
-        for module in list(causal.modules()):
-            for name, child in list(module.named_children()):
-                if not name.startswith("lora_"):
-                    setattr(module, name, pack(child))
         self._causal = causal
+        self._unpacked: deque[Callable[[], None]] = deque(
+            partial(_pack_children, module) for module in causal.modules()
+        )
+
+    def prepare(self) -> bool:
+        return _do_next(self._unpacked)
 
     def part(self, module: str) -> Part | None:
         return _own_part(self._causal, module)
@@ -222,6 +251,14 @@ class HubDecoder:
         finally:
             del _running.step
         return logits
+
+
+def _pack_children(module: Any) -> None:
+    from calpaca.core.engines.packed import pack
+
+    for name, child in list(module.named_children()):
+        if not name.startswith("lora_"):
+            setattr(module, name, pack(child))
 
 
 def _attend(
@@ -261,6 +298,9 @@ class SerialDecoder:
     def __init__(self, causal: Any) -> None:
         self._causal = causal
         self._caches: WeakKeyDictionary[Place, Any] = WeakKeyDictionary()
+
+    def prepare(self) -> bool:
+        return False
 
     def part(self, module: str) -> Part | None:  # noqa: ARG002  # rows of several adapters do not run side by side
         return None
