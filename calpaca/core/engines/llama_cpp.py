@@ -4,6 +4,10 @@ llama.cpp reports the text of an answer and how many tokens it has, but not all 
 several tokens only the last is told. So this engine gives text and counts, and neither ids nor log probabilities, which
 would lack the same tokens. Its frequency and presence penalties count the prompt, too, which no window that it takes
 leaves out: they are refused.
+
+Adapters are merged into the weights. llama.cpp would take GGUF LoRA files at its start and their scales per request, but
+then it goes on from keys and values that it kept of the same prompt under another adapter (xllamacpp 2026.10.11549:
+after adapter B, a request without one got B's answer), and it takes no further file while it runs.
 """
 
 from __future__ import annotations
