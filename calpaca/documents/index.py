@@ -158,7 +158,9 @@ class DocumentIndex:
             try:
                 digest = _digest(path)
                 if known.get(str(path)) != digest:
-                    changed.append(_FileChunks(str(path), digest, self._chunks(path)))
+                    documents = load_file(path, self.loaders)
+                    yield from _scanned(path, documents)
+                    changed.append(_FileChunks(str(path), digest, self._chunks(path, documents)))
                 current.add(str(path))
             except DocumentError as error:
                 if path in found.named:
@@ -171,11 +173,11 @@ class DocumentIndex:
             yield Notice(_unknown_kinds(found.unknown))
         return _Changes(changed, sorted(self.manifest.paths() - current))
 
-    def _chunks(self, path: Path) -> dict[str, Document]:
+    def _chunks(self, path: Path, documents: Sequence[Document]) -> dict[str, Document]:
         """Chunks of a file by id. Equal texts of one file are told apart by counting them."""
         seen: Counter[str] = Counter()
         chunks: dict[str, Document] = {}
-        for chunk in self.splitter.split_documents(load_file(path, self.loaders)):
+        for chunk in self.splitter.split_documents(documents):
             text = chunk.page_content
             chunks[step_key("chunk", path=str(path), text=text, number=seen[text])[:32]] = chunk
             seen[text] += 1
@@ -267,6 +269,13 @@ def _digest(path: Path) -> str:
 def _sha256(text: str) -> str:
     # A file may hold half of a surrogate pair (it was decoded leniently by somebody's loader).
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _scanned(path: Path, documents: Sequence[Document]) -> Iterator[Event]:
+    """Say which pages are pictures, whose text nobody reads."""
+    pages = ", ".join(str(each.metadata["page"]) for each in documents if each.metadata.get("scanned"))
+    if pages:
+        yield Notice(f"{path}: page(s) {pages} have no text (scanned?) and were left out.")
 
 
 def _unknown_kinds(unknown: Mapping[str, Any]) -> str:

@@ -97,7 +97,9 @@ def _merge(passages: Sequence[Source]) -> list[Source]:
 
 def _touch(before: Source, after: Source) -> bool:
     """Whether two chunks of one document overlap or follow each other. Chunks of other splitters have no place."""
-    if before.source != after.source or not all(passage.metadata.keys() >= _PLACE for passage in (before, after)):
+    if (before.source, before.page) != (after.source, after.page) or not all(
+        passage.metadata.keys() >= _PLACE for passage in (before, after)
+    ):
         return False
     follows = after.metadata["index"] == before.metadata["index"] + 1
     return bool(follows or after.metadata["start"] <= before.metadata["end"])

@@ -67,6 +67,10 @@ def register_loaders() -> list[Component]:
             "markdown", "Markdown, with its headings.", "calpaca.documents.text:MarkdownLoader",
             suffixes=(".md", ".markdown"),
         ),
+        LoaderComponent(
+            "pdf", "PDF, with its pages.", "calpaca.documents.pdf:PdfLoader", extra="pdf", packages=("pypdfium2",),
+            suffixes=(".pdf",),
+        ),
     ]  # fmt: skip
 
 

@@ -200,8 +200,9 @@ class RetrievalQA(Runnable[str, Any]):
 
 def place(passage: Source) -> str:
     """Where a passage stands, for people."""
+    page = f", page {passage.page}" if passage.page is not None else ""
     lines = f", lines {passage.start}-{passage.end}" if passage.start is not None else ""
-    return f"{passage.source or 'a passage'}{lines}"
+    return f"{passage.source or 'a passage'}{page}{lines}"
 
 
 def _step_name(strategy: Strategy, step: int) -> str:

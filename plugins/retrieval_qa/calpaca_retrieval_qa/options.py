@@ -20,7 +20,7 @@ class IndexOptions(BaseModel):
     """Which documents, and how they are cut and kept."""
 
     files: Annotated[list[Path], Flag("file")] = Field(
-        [], description="Text or Markdown file, or a folder of them; repeat for several."
+        [], description="Text, Markdown or PDF file, or a folder of them; repeat for several."
     )
     chunk_size: int = Field(CHUNK_SIZE, description="Longest chunk, in tokens of the embedding model.")
     chunk_overlap: int = Field(
