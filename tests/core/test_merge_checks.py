@@ -23,6 +23,7 @@ from calpaca.core.checkpoint.lineage import find_weights, input_of, tensor_recor
 from calpaca.core.checkpoint.manifest import MANIFEST, FileRecord, Lineage, Manifest, read_manifest  # noqa: E402
 from calpaca.core.checkpoint.reader import open_checkpoint  # noqa: E402
 from calpaca.core.checkpoint.verify import verify  # noqa: E402
+from calpaca.core.convert.conversion import plan_conversion  # noqa: E402
 from calpaca.core.errors import (  # noqa: E402
     AdapterError,
     CorruptFileError,
@@ -402,6 +403,43 @@ def test_the_original_layout_converts_back_to_the_same_tensors(base: Path, tmp_p
     conversion = plan_conversion(tmp_path / "merged")
     assert conversion.plan is not None
     assert write_model(conversion.plan, tmp_path / "back", Ledger(tmp_path / "jobs.sqlite")).weights == expected
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's, about adapters that change the base
+@pytest.mark.parametrize("initialisation", ["pissa", "olora"])
+def test_an_adapter_that_changed_its_base_is_merged_once_peft_made_it_an_ordinary_one(
+    tmp_path: Path, initialisation: str
+) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = write_base(tmp_path / "base", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=initialisation)
+    tuned = peft.get_peft_model(model, config)
+    tuned.peft_config["default"].init_lora_weights = True
+    tuned.save_pretrained(tmp_path / "start")
+    tuned.peft_config["default"].init_lora_weights = initialisation
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "lora_" in name:
+                weight.add_(torch.linspace(-1, 1, weight.numel()).view_as(weight))
+    tuned.save_pretrained(tmp_path / "as-trained")
+    tuned.save_pretrained(tmp_path / "ordinary", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    with pytest.raises(UnsupportedError, match=f"initialised by {initialisation}"):
+        plan(base, tmp_path / "as-trained")
+    write_merged(base, tmp_path / "ordinary")
+    merged, trained = load_file(tmp_path / "merged" / "model.safetensors"), tuned.merge_and_unload().state_dict()
+    for layer in range(LAYERS):
+        name = f"{QUERY.format(layer)}.weight"
+        torch.testing.assert_close(merged[name], trained[name], rtol=1e-4, atol=1e-4)
+
+
+def test_the_context_length_outlasts_a_merge_to_pth(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", max_position_embeddings=1234)
+    write_merged(base, write_adapter(tmp_path / "adapter"), format="pth")
+    conversion = plan_conversion(tmp_path / "merged")
+    assert conversion.plan is not None
+    assert conversion.plan.settings["context_length"] == 1234
+    assert not any("context length" in note for note in conversion.notes)
 
 
 def test_one_merge_of_two_is_two_merges_of_one(base: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 from calpaca.core.errors import CorruptFileError
 
 MANIFEST = "calpaca-manifest.json"
+CONTEXT_LENGTH = "context_length"
+"""A setting in the lineage of what is written as `.pth`: `params.json` cannot say it."""
 _FORMAT = 1
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from calpaca.core import gguf
 from calpaca.core.checkpoint.dtypes import NAMES, SIZES, code_of, to_torch
 from calpaca.core.checkpoint.lineage import input_of, versions
-from calpaca.core.checkpoint.manifest import MANIFEST, Lineage, read_manifest
+from calpaca.core.checkpoint.manifest import CONTEXT_LENGTH, MANIFEST, Lineage, read_manifest
 from calpaca.core.checkpoint.plan import (
     SHARD_SIZE,
     Container,
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 Form = Literal["hf", "pth"]
 
-_CONTEXT = "context_length"  # params.json cannot say it: a manifest's settings do
 _GENERATION = "generation_config.json"
 _WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".gguf"}
 _LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
@@ -126,7 +125,7 @@ def plan_conversion(path: Path, target: Target | None = None) -> Conversion:
         "from": source.kind,
         "to": target.to,
         "dtype": target.dtype,
-        _CONTEXT: config.get("max_position_embeddings"),
+        CONTEXT_LENGTH: config.get("max_position_embeddings"),
     }
     plan = ModelPlan(files, partial(_lineage, source, texts, settings), _inputs(source), settings, texts)
     return Conversion(source, target, plan, model.notes)
@@ -167,7 +166,7 @@ def _read_original(folder: Path, target: Target) -> _Model:
 
 def _with_context_length(found: Architecture, folder: Path, target: Target) -> tuple[Architecture, tuple[str, ...]]:
     manifest = read_manifest(folder)
-    told = target.context_length or (manifest.lineage.settings.get(_CONTEXT) if manifest else None)
+    told = target.context_length or (manifest.lineage.settings.get(CONTEXT_LENGTH) if manifest else None)
     if told:
         return replace(found, context_length=int(told)), ()
     note = (

@@ -74,7 +74,8 @@ def _check_features(config: Mapping[str, Any], name: str) -> None:
     if isinstance(initialisation, str) and initialisation.lower() not in _INITIALISATIONS:
         raise UnsupportedError(
             f"Adapter {name} was initialised by {initialisation}, which changes the base's weights too.",
-            "Save it with path_initial_model_for_weight_conversion in PEFT: that makes it an ordinary adapter.",
+            "Make it an ordinary adapter in PEFT, where it was trained: save_pretrained(OUTPUT,"
+            " path_initial_model_for_weight_conversion=START), where START is the adapter as it was saved before training.",
         )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from calpaca.core.adapters import HEAD, Adapter, check_adapters
 from calpaca.core.checkpoint.dtypes import code_of
 from calpaca.core.checkpoint.lineage import input_of, versions
-from calpaca.core.checkpoint.manifest import Lineage, Manifest
+from calpaca.core.checkpoint.manifest import CONTEXT_LENGTH, Lineage, Manifest
 from calpaca.core.checkpoint.plan import (
     SHARD_SIZE,
     Container,
@@ -168,12 +168,14 @@ def _model_plan(inputs: _Inputs, made: Mapping[str, Recipe], options: MergeOptio
     scratch = Scratch()
     tensors = [recipe.planned(name, options.accumulate, scratch) for name, recipe in made.items()]
     texts = small_files(inputs.files, inputs.base, made, inputs.tokenizer)
-    if options.format == "pth":
-        texts = _pth_texts(texts, tensors, merged_config(inputs.base, made))
+    config = merged_config(inputs.base, made)
     settings = {"accumulate": options.accumulate, "dtype": options.dtype, "format": options.format}
+    if options.format == "pth":
+        texts = _pth_texts(texts, tensors, config)
+        settings[CONTEXT_LENGTH] = config.get("max_position_embeddings")
     configs = [{"scale": each.files.scale, "config": dict(each.config)} for each in inputs.adapters]
     return ModelPlan(
-        _planned_files(tensors, merged_config(inputs.base, made), options),
+        _planned_files(tensors, config, options),
         partial(_lineage, inputs, settings, template_digest(texts)),
         (*inputs.base.checkpoint.files, *(adapter.weights for adapter in inputs.adapters)),
         settings | {"adapters": configs},
