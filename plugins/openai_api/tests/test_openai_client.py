@@ -255,7 +255,7 @@ def test_many_clients_that_go_away_at_once_leave_nothing_behind(running):
     body = json.dumps({"messages": LONG, "max_tokens": 500, "stream": True}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     port = int(running.url.rpartition(":")[2])
-    sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+    sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(500)]
     for each in sockets:
         each.sendall(head.encode() + body)
     time.sleep(0.5)
@@ -263,6 +263,19 @@ def test_many_clients_that_go_away_at_once_leave_nothing_behind(running):
         each.close()
     assert running.settle(20)
     assert httpx2.get(f"{running.url}/health").status_code == 200
+
+
+def test_a_client_that_reads_a_byte_a_second_holds_nobody_up(running):
+    body = json.dumps({"messages": USER, "max_tokens": 30, "stream": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as slow:
+        slow.sendall(head.encode() + body)
+        for _ in range(2):
+            assert len(slow.recv(1)) == 1
+            time.sleep(1)
+            answer = httpx2.post(f"{running.url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=30)
+            assert answer.status_code == 200
+    assert running.settle()
 
 
 # Bytes on the wire ---------------------------------------------------------------------------------------------------
