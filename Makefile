@@ -22,7 +22,7 @@ PINS := $(if $(HAS_GPU),,-c constraints.txt)
 # Two test workers, one torch thread each.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help setup setup-dev demo test test-slow check fix docs bench
+.PHONY: help setup setup-dev demo test test-slow check check-api fix docs bench
 .DEFAULT_GOAL := help
 
 help: ## List these commands
@@ -36,10 +36,13 @@ demo: setup ## Answer a question about a document
 	$(BIN)/calpaca run retrieval_qa --file examples/handbook.md --question "$(QUESTION)"
 
 test: setup-dev ## Run the tests, about ten minutes
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not suite"
 
 test-slow: setup-dev ## Run the tests that take long or fetch a large asset
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not suite"
+
+check-api: $(VENV)/.setup-api $(VENV)/.models ## Run the outside suites for the server (Node.js 20 for one of them)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m suite plugins/openai_api/tests/suites
 
 check: setup-dev ## Format, lint, types, import contracts, docs fresh
 	$(BIN)/ruff format --check --quiet .
@@ -73,6 +76,10 @@ $(VENV)/.setup: $(PROJECTS) constraints.txt | $(BIN)/python
 
 $(VENV)/.setup-dev: $(VENV)/.setup
 	$(INSTALL) $(PINS) --group dev
+	@touch $@
+
+$(VENV)/.setup-api: $(VENV)/.setup-dev
+	$(INSTALL) $(PINS) --group api-suites
 	@touch $@
 
 $(VENV)/.models: $(VENV)/.setup

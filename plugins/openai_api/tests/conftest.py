@@ -156,13 +156,20 @@ def fixed(schema: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def fits() -> Callable[[str, Any], None]:
+def published() -> dict[str, Any]:
+    """OpenAI's published schemas, by name."""
+    if not SCHEMAS.is_file():
+        pytest.skip(f"OpenAI's published schemas are not at {SCHEMAS}")
+    schemas: dict[str, Any] = fixed(json.loads(SCHEMAS.read_text(encoding="utf-8")))["components"]["schemas"]
+    return schemas
+
+
+@pytest.fixture(scope="session")
+def fits(published: dict[str, Any]) -> Callable[[str, Any], None]:
     """`fits(name, value)` fails unless a value is of the published schema of that name."""
     from jsonschema import Draft202012Validator
 
-    if not SCHEMAS.is_file():
-        pytest.skip(f"OpenAI's published schemas are not at {SCHEMAS}")
-    components = fixed(json.loads(SCHEMAS.read_text(encoding="utf-8")))["components"]
+    components = {"schemas": published}
 
     def check(name: str, value: Any) -> None:
         validator = Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": components})
