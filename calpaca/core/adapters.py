@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from calpaca.core.checkpoint.reader import Checkpoint, open_checkpoint
 from calpaca.core.errors import AdapterError, UnsupportedError
 from calpaca.core.files import AdapterFiles
+from calpaca.core.initialisation import check_initialisation
 from calpaca.core.tokenizer import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -166,8 +167,10 @@ def check_adapters(adapters: Sequence[Adapter], base: Shapes, tokenizer_size: in
     """Check order, shapes, ranks and vocabulary before anything heavy is loaded; returns the final number of rows.
 
     `base` maps the names of the base model's parameters to their shapes. Raises AdapterError with the numbers and
-    the fix.
+    the fix, UnsupportedError for an adapter that was trained on a base that it changed.
     """
+    for adapter in adapters:
+        check_initialisation(adapter.files.name, adapter.config)
     check_order(adapters)
     shapes = with_head(base)
     for adapter in adapters:

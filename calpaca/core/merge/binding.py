@@ -33,8 +33,6 @@ _WITHOUT_EFFECT = {  # on merged weights: where it came from, how it was trained
     "lora_dropout", "runtime_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "qalora_group_size",
 }  # fmt: skip
-_INITIALISATIONS = {"gaussian", "eva", "orthogonal", "mica"}
-"""Those that leave the base's weights as they are. PiSSA, CorDA, OLoRA, LoftQ and LoRA-GA change them."""
 
 
 def bind(adapter: Adapter, base: BaseModel, shapes: Shapes) -> dict[str, list[Change]]:
@@ -69,13 +67,6 @@ def _check_features(config: Mapping[str, Any], name: str) -> None:
             f"Adapter {name} uses {', '.join(unknown)}, which cannot be merged.",
             "Use the adapter unmerged, with --adapter. If the setting changes no weight, remove it from"
             " adapter_config.json.",
-        )
-    initialisation = config.get("init_lora_weights", True)
-    if isinstance(initialisation, str) and initialisation.lower() not in _INITIALISATIONS:
-        raise UnsupportedError(
-            f"Adapter {name} was initialised by {initialisation}, which changes the base's weights too.",
-            "Make it an ordinary adapter in PEFT, where it was trained: save_pretrained(OUTPUT,"
-            " path_initial_model_for_weight_conversion=START), where START is the adapter as it was saved before training.",
         )
 
 
