@@ -17,6 +17,8 @@ from calpaca.core.engines.step import Span, Step
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from calpaca.core.engines.packed import Scratch
+
 OWN = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 """Model types whose forward pass is written here, and the class that has no other parts."""
 
@@ -93,11 +95,11 @@ class _Layer:
     gate_up: Any
     down: Any
 
-    def pack(self) -> None:
+    def pack(self, scratch: Scratch) -> None:
         """Lay the matrices out for this machine, and let go of them as they were."""
         from calpaca.core.engines.packed import join, pack
 
-        self.qkv, self.gate_up = join(self.qkv.layers), join(self.gate_up.layers)
+        self.qkv, self.gate_up = join(self.qkv.layers, scratch), join(self.gate_up.layers, scratch)
         self.output, self.down = pack(self.output), pack(self.down)
 
 
@@ -117,6 +119,8 @@ class LlamaDecoder:
     slots = True
 
     def __init__(self, causal: Any) -> None:
+        from calpaca.core.engines.packed import Scratch
+
         config = causal.config
         self._head_size: int = causal.model.layers[0].self_attn.head_dim
         self._sizes = [heads * self._head_size for heads in _heads(config)]
@@ -125,7 +129,10 @@ class LlamaDecoder:
         self._embed, self._rotary, self._norm = causal.model.embed_tokens, causal.model.rotary_emb, causal.model.norm
         self._head, causal.lm_head = causal.lm_head, None
         self._layers = [_take_layer(layer) for layer in causal.model.layers]
-        self._unpacked: deque[Callable[[], None]] = deque([self._pack_head, *(layer.pack for layer in self._layers)])
+        scratch = Scratch()  # goes with the last of what is to be packed
+        self._unpacked: deque[Callable[[], None]] = deque(
+            [self._pack_head, *(partial(layer.pack, scratch) for layer in self._layers)]
+        )
 
     def prepare(self) -> bool:
         return _do_next(self._unpacked)

@@ -68,12 +68,31 @@ class Joined(nn.Module):
         return torch.cat([layer(inputs) for layer in self.layers], dim=-1)
 
 
-def join(layers: Sequence[Any]) -> Any:
+class Scratch:
+    """Memory for joining matrices, the same for one layer after the other: to ask for fresh memory costs more than the
+    copying."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def join(self, weights: Sequence[Tensor]) -> Tensor:
+        """[out, in] of all weights, below each other; valid until the next call."""
+        first, rows = weights[0], sum(len(weight) for weight in weights)
+        size = rows * first.shape[1]
+        if self._memory is None or self._memory.dtype != first.dtype or self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=first.dtype)
+        joined = self._memory[:size].view(rows, -1)
+        return torch.cat([weight.detach() for weight in weights], out=joined)
+
+
+def join(layers: Sequence[Any], scratch: Scratch) -> Any:
     """Layers with the same input as one: a single matrix where all are plain, else one after the other."""
     if any(type(layer) is not nn.Linear for layer in layers) or len({layer.bias is None for layer in layers}) > 1:
         return Joined([pack(layer) for layer in layers])
     biases = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return linear(torch.cat([layer.weight for layer in layers]), biases)
+    weights = [layer.weight for layer in layers]
+    packs = weights[0].device.type == "cpu" and can_pack(weights[0].dtype)
+    return linear(scratch.join(weights) if packs else torch.cat(weights), biases)
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Any:
