@@ -17,6 +17,9 @@ from calpaca.core.registry import Component, Registry
 if TYPE_CHECKING:
     from langchain_core.documents import Document
 
+MOST_BYTES = 1 << 30
+"""Size of a file that is still read: loaders hold a file in memory."""
+
 _IGNORED_FOLDERS = frozenset({"__pycache__", "node_modules", "venv"})
 
 
@@ -95,11 +98,17 @@ def _nearby(path: Path) -> str:
 def load_file(path: Path, loaders: Registry[Component]) -> list[Document]:
     """Read a file with the loader for its ending; a file with an ending that none knows is tried as text.
 
-    Raises DocumentError when the file cannot be read or holds no text.
+    Raises DocumentError when the file cannot be read, is too large, or holds no text.
     """
     suffix = path.suffix.lower()
     component = next((loader for loader in loaders if suffix in getattr(loader, "suffixes", ())), None)
     try:
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise DocumentError(
+                f"{path} has {size >> 20:,} MiB, more than the {MOST_BYTES >> 20:,} MiB that are read.",
+                "Split it into several files.",
+            )
         documents: list[Document] = list((component or loaders.get("text")).load()(str(path)).lazy_load())
     except CalpacaError:
         raise

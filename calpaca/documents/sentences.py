@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 _CLOSERS = r"[”’」』）】》〉\"')\]*_]*"
 _SENTENCE_END = re.compile(
@@ -43,8 +44,22 @@ class Block:
     code: bool = False
 
 
-def blocks(text: str, *, markdown: bool) -> Iterator[Block]:
-    """Paragraphs of a text, which blank lines part; with `markdown`, headings and fenced code as well."""
+Form = Literal["text", "markdown", "code", "rows"]
+"""What a text is: `rows` are records with a line each."""
+
+
+def blocks(text: str, form: Form) -> Iterator[Block]:
+    """Paragraphs of a text, which blank lines part; headings and fenced code of Markdown; lines of `rows`."""
+    if form == "rows":
+        for match in _LINE.finditer(text):
+            if match.group().strip():
+                yield Block(match.start(), match.end())
+    else:
+        for block in _paragraphs(text, markdown=form == "markdown"):
+            yield replace(block, code=True) if form == "code" else block
+
+
+def _paragraphs(text: str, *, markdown: bool) -> Iterator[Block]:
     start: int | None = None  # of the paragraph in hand
     fence: str | None = None  # what opened the code block in hand
     end = 0

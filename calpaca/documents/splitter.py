@@ -10,7 +10,7 @@ from typing import Any
 from langchain_core.documents import BaseDocumentTransformer, Document
 
 from calpaca.core.errors import UsageError
-from calpaca.documents.sentences import blocks, pieces, sentences
+from calpaca.documents.sentences import Form, blocks, pieces, sentences
 
 CountTokens = Callable[[Sequence[str]], list[int]]
 
@@ -73,7 +73,7 @@ class SentenceSplitter(BaseDocumentTransformer):
     def _split(self, document: Document) -> Iterator[Document]:
         text = document.page_content
         line_starts = [0, *(position + 1 for position, character in enumerate(text) if character == "\n")]
-        units = self._units(text, markdown=document.metadata.get("format") == "markdown")
+        units = self._units(text, document.metadata.get("format", "text"))
         for index, packed in enumerate(self._pack(units)):
             start, end = packed[0].start, packed[-1].end
             body = [unit for unit in packed if not unit.is_heading] or packed[-1:]
@@ -88,10 +88,10 @@ class SentenceSplitter(BaseDocumentTransformer):
             heading = {"heading": body[0].heading} if body[0].heading else {}
             yield Document(text[start:end], metadata={**document.metadata, **place, **heading})
 
-    def _units(self, text: str, *, markdown: bool) -> list[_Unit]:
+    def _units(self, text: str, form: Form) -> list[_Unit]:
         units: list[_Unit] = []
         path: list[tuple[int, str]] = []
-        for block in blocks(text, markdown=markdown):
+        for block in blocks(text, form):
             if block.level:
                 path = [(level, title) for level, title in path if level < block.level] + [(block.level, block.title)]
             heading = " > ".join(title for _, title in path)

@@ -60,16 +60,57 @@ def register_sources() -> list[Component]:
 def register_loaders() -> list[Component]:
     return [
         LoaderComponent(
-            "text", "Plain text in any common encoding.", "calpaca.documents.text:TextLoader",
+            "text", "Plain text in any common encoding.", "calpaca.documents.formats.text:TextLoader",
             suffixes=(".txt", ".text", ".log", ".rst"),
         ),
         LoaderComponent(
-            "markdown", "Markdown, with its headings.", "calpaca.documents.text:MarkdownLoader",
+            "markdown", "Markdown, with its headings.", "calpaca.documents.formats.text:MarkdownLoader",
             suffixes=(".md", ".markdown"),
         ),
         LoaderComponent(
-            "pdf", "PDF, with its pages.", "calpaca.documents.pdf:PdfLoader", extra="pdf", packages=("pypdfium2",),
-            suffixes=(".pdf",),
+            "code", "Source code and settings.", "calpaca.documents.formats.text:CodeLoader",
+            suffixes=(
+                *(".c", ".cc", ".cpp", ".cs", ".css", ".cu", ".cxx", ".go", ".h", ".hpp", ".java", ".jl", ".js"),
+                *(".jsx", ".kt", ".lua", ".m", ".php", ".pl", ".py", ".pyi", ".r", ".rb", ".rs", ".scala", ".sh"),
+                *(".sql", ".swift", ".tex", ".ts", ".tsx", ".vue", ".xml"),
+                *(".cfg", ".conf", ".ini", ".toml", ".yaml", ".yml"),
+            ),
+        ),
+        LoaderComponent(
+            "html", "Web pages, with their headings and tables.", "calpaca.documents.formats.html:HtmlLoader",
+            suffixes=(".html", ".htm", ".xhtml"),
+        ),
+        LoaderComponent(
+            "epub", "EPUB books, with their chapters.", "calpaca.documents.formats.epub:EpubLoader",
+            suffixes=(".epub",),
+        ),
+        LoaderComponent(
+            "csv", "Tables as CSV or TSV, with the names of the columns.", "calpaca.documents.formats.csv:CsvLoader",
+            suffixes=(".csv", ".tsv"),
+        ),
+        LoaderComponent(
+            "json", "JSON, each value after its path.", "calpaca.documents.formats.json:JsonLoader",
+            suffixes=(".json",),
+        ),
+        LoaderComponent(
+            "jsonl", "JSON Lines.", "calpaca.documents.formats.json:JsonLinesLoader",
+            suffixes=(".jsonl", ".ndjson"),
+        ),
+        LoaderComponent(
+            "pdf", "PDF, with its pages.", "calpaca.documents.formats.pdf:PdfLoader",
+            extra="pdf", packages=("pypdfium2",), suffixes=(".pdf",),
+        ),
+        LoaderComponent(
+            "docx", "Word documents, with headings and tables.", "calpaca.documents.formats.docx:DocxLoader",
+            extra="office", packages=("docx",), suffixes=(".docx",),
+        ),
+        LoaderComponent(
+            "pptx", "Slides, with their numbers and notes.", "calpaca.documents.formats.pptx:PptxLoader",
+            extra="office", packages=("pptx",), suffixes=(".pptx",),
+        ),
+        LoaderComponent(
+            "xlsx", "Workbooks, with sheets and rows.", "calpaca.documents.formats.xlsx:XlsxLoader",
+            extra="office", packages=("openpyxl",), suffixes=(".xlsx", ".xlsm"),
         ),
     ]  # fmt: skip
 

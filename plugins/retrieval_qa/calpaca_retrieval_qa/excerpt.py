@@ -37,7 +37,7 @@ def excerpt(question: str, texts: Sequence[str], count: int = 2) -> str:
 def _sentences(text: str) -> list[str]:
     return [
         text[start:end]
-        for block in blocks(text, markdown=True)
+        for block in blocks(text, "markdown")
         if not block.level
         for start, end in sentences(text, block)
     ]

@@ -20,7 +20,8 @@ class IndexOptions(BaseModel):
     """Which documents, and how they are cut and kept."""
 
     files: Annotated[list[Path], Flag("file")] = Field(
-        [], description="Text, Markdown or PDF file, or a folder of them; repeat for several."
+        [],
+        description="Document, or a folder of them: text, Markdown, HTML, PDF, EPUB, Office, tables, JSON, code; repeat for several.",
     )
     chunk_size: int = Field(CHUNK_SIZE, description="Longest chunk, in tokens of the embedding model.")
     chunk_overlap: int = Field(

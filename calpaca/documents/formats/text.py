@@ -1,4 +1,4 @@
-"""Loaders for plain text and Markdown."""
+"""Files that are text as they are: plain text, Markdown, source code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from calpaca.documents.encoding import decode
 class TextLoader(BaseLoader):
     """One document per text file, in whatever encoding it is.
 
-    Metadata: `source` (path), `sha256` of the file, `encoding`, `format` (`text` or `markdown`, which the splitter heeds).
+    Metadata: `source` (path), `sha256` of the file, `encoding`, `format` (`text`, `markdown` or `code`, which
+    the splitter heeds).
     """
 
     format = "text"
@@ -36,3 +37,9 @@ class MarkdownLoader(TextLoader):
     """Markdown as it stands: the marks are kept, so that a passage can be found in its file."""
 
     format = "markdown"
+
+
+class CodeLoader(TextLoader):
+    """Source code and settings, which are split between lines."""
+
+    format = "code"
