@@ -6,6 +6,7 @@ import gc
 import random
 import resource
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from calpaca.core.engine import Request, Sampling
 from calpaca.core.engines import slots
 from calpaca.core.engines.batch import MAX_ROWS
+from calpaca.core.engines.decoder import LlamaDecoder
 from calpaca.core.engines.transformers import TransformersEngine
 from calpaca.core.errors import ModelError
 from calpaca.core.tokenizer import load_tokenizer
@@ -24,17 +26,21 @@ from calpaca.core.weights import LoadedWeights
 torch = pytest.importorskip("torch")
 
 
-@pytest.fixture
-def engine(smollm2: Path) -> Iterator[TransformersEngine]:
+def weights(smollm2: Path, layers: int = 2) -> LoadedWeights:
     """A tiny random Llama that never ends an answer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=4096,
     )  # fmt: skip
-    engine = TransformersEngine(LoadedWeights(LlamaForCausalLM(config).eval(), load_tokenizer(smollm2), 2048, 4096, ()))
+    return LoadedWeights(LlamaForCausalLM(config).eval(), load_tokenizer(smollm2), 2048, 4096, ())
+
+
+@pytest.fixture
+def engine(smollm2: Path) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(weights(smollm2))
     yield engine
     engine.close()
 
@@ -166,3 +172,54 @@ def resident() -> int:
     """Bytes of memory that this process has now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
+
+
+class Gate:
+    """Holds packing up: a layer is packed when `opened`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+        self.packed = 0
+        prepare = LlamaDecoder.prepare
+
+        def held(decoder: LlamaDecoder) -> bool:
+            self.reached.set()
+            assert self.opened.wait(30)
+            self.packed += 1
+            return prepare(decoder)
+
+        monkeypatch.setattr(LlamaDecoder, "prepare", held)
+
+
+def test_an_engine_that_is_closed_while_it_packs_packs_no_further_layer(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    engine = TransformersEngine(weights(smollm2, layers=20))
+    handle = engine.submit(Request(prompt(5), Sampling(5)))
+    assert gate.reached.wait(30)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine.batch._closed:
+        time.sleep(0.001)
+    gate.opened.set()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert gate.packed == 1
+    assert handle.result(30).finish_reason == "cancelled"
+
+
+def test_a_request_that_comes_before_packing_gets_what_it_gets_after(
+    engine: TransformersEngine, smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Request(prompt(40), Sampling(20, logprobs=5))
+    while not engine.batch._prepared:
+        time.sleep(0.001)
+    after = engine.submit(asked).result(60)
+    gate = Gate(monkeypatch)
+    early = TransformersEngine(weights(smollm2))
+    handle = early.submit(asked)
+    gate.opened.set()
+    before = handle.result(60)
+    early.close()
+    assert (before.token_ids, before.logprobs) == (after.token_ids, after.logprobs)
