@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -17,10 +17,15 @@ if TYPE_CHECKING:
     from calpaca.core.runtime import Runtime
 
 
+Turn = Mapping[str, str]
+"""A message of a conversation: `role` (`user` or `assistant`) and `content`."""
+
+
 class AnswerRunner(Protocol):
     """What `build` of an `answer` app returns: a LangChain Runnable that answers an input.
 
-    `stream` gives events, the last one a `Result`; `invoke` gives that result's value.
+    `stream` gives events, the last one a `Result`; `invoke` gives that result's value. Where the app declares `history`,
+    both take the earlier turns of the conversation as `history`, a sequence of Turns, oldest first.
     """
 
     def invoke(self, input: str, config: Any = None, **kwargs: Any) -> dict[str, Any]: ...
@@ -51,6 +56,7 @@ class App(Component):
     fields and the JSON schema come from that model. `input` names the option that holds the question or text, `answer`
     the key of the result that holds the answer. `kind` `answer` returns an AnswerRunner, `job` a JobRunner; `effects`
     says whether it writes anything a person would miss. Only `answer` apps that only read are served as models.
+    `history` says that the runner's `stream` and `invoke` take the earlier turns of a conversation.
     """
 
     options: str = ""
@@ -58,6 +64,7 @@ class App(Component):
     effects: Literal["read", "write"] = "read"
     input: str | None = None
     answer: str = "answer"
+    history: bool = False
 
     def load_options(self) -> type[BaseModel]:
         """Import the options model."""

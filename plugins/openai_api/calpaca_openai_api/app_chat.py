@@ -1,14 +1,16 @@
-"""Chats with an app: the last user message is its input, the text of its last step the answer."""
+"""Chats with an app: the last user message is its input, those before it its history, the text of its last step the
+answer."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from calpaca.core.engine import Usage
 from calpaca.core.events import Event, Notice, Result, Source, Step, Token, UsageReport
+from calpaca.plugins.app import App, Turn
 from calpaca_openai_api.app_runs import AppRuns
 from calpaca_openai_api.bodies import ChatBody
 from calpaca_openai_api.chat import refuse_chat_fields
@@ -22,13 +24,14 @@ class AppPlan:
     """A chat request to an app, ready to be run."""
 
     runs: AppRuns
-    text: str
+    conversation: _Conversation
     options: dict[str, Any]
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """The answer as it comes; the last piece carries sources and notices."""
-        reader = _EventReader(self.runs.app.answer)
-        async with aclosing(self.runs.events(self.options, self.text)) as events:  # type: ignore[type-var]
+        reader = _EventReader(self.runs.app.answer, self.conversation.notices)
+        text, history = self.conversation.text, self.conversation.history
+        async with aclosing(self.runs.events(self.options, text, history)) as events:  # type: ignore[type-var]
             async for event in events:
                 text = reader.read(event)
                 if text:
@@ -53,7 +56,7 @@ def plan_app(body: ChatBody, runs: AppRuns) -> AppPlan:
     for name, asked in refused.items():
         if asked:
             raise unsupported(name, f"'{runs.app.name}' is an app and no language model.")
-    return AppPlan(runs, _last_question(body), {**_sampling(body, runs), **options})
+    return AppPlan(runs, _conversation(body, runs.app), {**_sampling(body, runs), **options})
 
 
 def _sampling(body: ChatBody, runs: AppRuns) -> dict[str, Any]:
@@ -73,23 +76,51 @@ def _sampling(body: ChatBody, runs: AppRuns) -> dict[str, Any]:
     return {option: value for option, (_, value) in asked.items() if value is not None}
 
 
-def _last_question(body: ChatBody) -> str:
-    for index in reversed(range(len(body.messages))):
-        if body.messages[index].role == "user":
-            return text_of(body.messages[index], f"messages.{index}")
-    raise ApiError(400, "There is no message of a user, which is what an app answers.", param="messages")
+@dataclass(frozen=True)
+class _Conversation:
+    """What an app is given of a chat, and what the client is told about the rest."""
+
+    text: str
+    history: tuple[Turn, ...]
+    notices: tuple[str, ...]
+
+
+def _conversation(body: ChatBody, app: App) -> _Conversation:
+    """Raises ApiError when no user has said anything."""
+    texts = [text_of(message, f"messages.{index}") for index, message in enumerate(body.messages)]
+    last = max((index for index, message in enumerate(body.messages) if message.role == "user"), default=None)
+    if last is None:
+        raise ApiError(400, "There is no message of a user, which is what an app answers.", param="messages")
+    turns = tuple(
+        {"role": message.role, "content": text}
+        for message, text in zip(body.messages[:last], texts, strict=False)
+        if message.role in ("user", "assistant") and text
+    )
+    notices = []
+    if turns and not app.history:
+        notices.append(
+            f"Not used: the messages before the last question ({len(turns)}). The app '{app.name}' answers each question "
+            "by itself."
+        )
+    rest = len(body.messages) - 1 - len(turns)
+    if rest:
+        notices.append(
+            f"Not used: messages that are neither the last question nor a turn before it ({rest}), such as system "
+            f"messages. The app '{app.name}' has instructions of its own."
+        )
+    return _Conversation(texts[last], turns if app.history else (), tuple(notices))
 
 
 class _EventReader:
     """Reads an app's events: which text is the answer, what it rests on, what it took."""
 
-    def __init__(self, answer: str) -> None:
+    def __init__(self, answer: str, notices: Sequence[str]) -> None:
         self._answer = answer
         self._is_last_step = True
         self._answered = False
         self._rest = ""
         self._sources: list[dict[str, Any]] = []
-        self._notices: list[str] = []
+        self._notices = list(notices)
         self._usage = Usage()
 
     def read(self, event: Event) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, get_args
 from calpaca.core.errors import UsageError
 from calpaca.core.events import Event
 from calpaca.core.runtime import Runtime
-from calpaca.plugins.app import App
+from calpaca.plugins.app import App, Turn
 from calpaca.plugins.options import ModelOptions, read_options
 from calpaca_openai_api.faults import ApiError
 
@@ -31,15 +31,16 @@ class _Runner:
         self._first = threading.Lock()
         self._prepared = False
 
-    def stream(self, text: str, stopped: threading.Event) -> Iterator[Event]:
+    def stream(self, text: str, history: Sequence[Turn], stopped: threading.Event) -> Iterator[Event]:
         """The app's events; none when `stopped` is set before its turn comes."""
         if not self._prepared and not self._is_turn(stopped):
             return
+        arguments = {"history": history} if history else {}
         if self._prepared:
-            yield from self.runner.stream(text)
+            yield from self.runner.stream(text, **arguments)
             return
         try:
-            yield from self.runner.stream(text)
+            yield from self.runner.stream(text, **arguments)
             self._prepared = True
         finally:
             self._first.release()
@@ -89,8 +90,11 @@ class AppRuns:
         info = self.app.load_options().model_fields[name]
         return name not in ModelOptions.model_fields and name != self.app.input and not _names_files(info.annotation)
 
-    async def events(self, options: Mapping[str, Any], text: str) -> AsyncIterator[Event]:
-        """What the app reports, from a thread of its own. Closing the iterator stops the work."""
+    async def events(self, options: Mapping[str, Any], text: str, history: Sequence[Turn] = ()) -> AsyncIterator[Event]:
+        """What the app reports, from a thread of its own. Closing the iterator stops the work.
+
+        `history` is for an app that declares it.
+        """
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
         stopped = threading.Event()
@@ -103,7 +107,7 @@ class AppRuns:
             if stopped.is_set():
                 return  # it waited for a thread, and nobody waits for it any more
             try:
-                events = self._runner(options).stream(text, stopped)
+                events = self._runner(options).stream(text, history, stopped)
                 for event in events:
                     if stopped.is_set():
                         events.close()  # type: ignore[attr-defined]

@@ -6,6 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from calpaca.core.decoding import NOT_OFFERED, refuse_not_offered
+from calpaca.core.errors import UnsupportedError
+from calpaca_openai_api.faults import unsupported
+
 MOST_STOPS = 4
 MOST_CHOICES = 128
 """Prompts times answers in one request."""
@@ -53,6 +57,19 @@ class GenerationBody(Body):
     structured_outputs: dict[str, Any] | None = Field(
         None, description="Extension: `regex`, `json` or `grammar` (Lark) that the text must fit."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_no_engine_offers(cls, value: Any) -> Any:
+        """Beam search and the like are refused under their names, unless they are switched off. Raises ApiError."""
+        if not isinstance(value, dict):
+            return value
+        for name in filter(NOT_OFFERED.__contains__, value):
+            try:
+                refuse_not_offered({name: value[name]})
+            except UnsupportedError as error:
+                raise unsupported(name, str(error)) from error
+        return {name: each for name, each in value.items() if name not in NOT_OFFERED}
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -207,6 +207,23 @@ async def test_an_app_answers_with_its_sources(aclient, fits):
     assert len(chunks[-1].model_extra["sources"]) == 1
 
 
+async def test_a_follow_up_question_to_an_app_is_read_with_the_turns_before_it(aclient):
+    messages = [{"role": "user", "content": "Who keeps the key of the archive?"}]
+    first = await aclient.chat.completions.create(model="app:handbook", messages=messages, max_tokens=40)
+    assert first.model_extra["notices"] == []
+    messages.append({"role": "assistant", "content": first.choices[0].message.content})
+    messages.append({"role": "user", "content": "And on which floor?"})
+    answer = await aclient.chat.completions.create(model="app:handbook", messages=messages, max_tokens=40)
+    assert "second" in answer.choices[0].message.content
+    assert answer.usage.prompt_tokens > first.usage.prompt_tokens
+    alone = await aclient.chat.completions.create(model="app:handbook", messages=messages[-1:], max_tokens=40)
+    assert alone.usage.prompt_tokens < answer.usage.prompt_tokens
+    messages.insert(0, {"role": "system", "content": "Answer in French."})
+    answer = await aclient.chat.completions.create(model="app:handbook", messages=messages, max_tokens=40)
+    (notice,) = answer.model_extra["notices"]
+    assert "system messages" in notice
+
+
 async def test_an_apps_files_and_models_are_not_the_clients_to_choose(aclient):
     for name, value in {
         "files": ["/etc/passwd"],

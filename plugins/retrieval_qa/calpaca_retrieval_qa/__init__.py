@@ -18,6 +18,7 @@ def register_apps() -> list[App]:
             extra="torch",
             options="calpaca_retrieval_qa.options:RetrievalQAOptions",
             input="question",
+            history=True,
         ),
         App(
             "retrieval_index",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +21,12 @@ from calpaca.core.events import Event, Notice, Result, Source, Step, Token, Usag
 from calpaca.documents.retrieval import Search, retrieve
 from calpaca_retrieval_qa.budget import chain_inputs, fit
 from calpaca_retrieval_qa.chains import DocumentChain, Piece, RefineChain, StuffChain
-from calpaca_retrieval_qa.evidence import EvidenceRule
+from calpaca_retrieval_qa.evidence import EvidenceRule, Verdict
+from calpaca_retrieval_qa.history import History, fit_history
 from calpaca_retrieval_qa.prompts import Prompts, language_of, load_prompts
 
 Strategy = Literal["stuff", "refine"]
+Turns = Sequence[Mapping[str, str]]
 
 
 @dataclass
@@ -33,6 +35,7 @@ class _Answer:
 
     strategy: Strategy
     model: str
+    history: History
     started: float = field(default_factory=time.monotonic)
     texts: list[str] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
@@ -73,7 +76,9 @@ class RetrievalQA(Runnable[str, Any]):
 
     `stream` gives calpaca's events, the last one a Result; `invoke` gives that result's value. `prepare` is run before
     each question, to bring an index up to date. Prompts are those of the question's language, or of `prompt_file`.
-    `max_new_tokens` is the room kept for the answer when passages are fitted into the context.
+    `max_new_tokens` is the room kept for the answer when passages are fitted into the context. `history`, an argument of
+    each of them, are the earlier turns of the conversation (`role` and `content`, oldest first): the question is looked up
+    together with the one before it, and the model is shown the turns.
     """
 
     def __init__(
@@ -103,36 +108,43 @@ class RetrievalQA(Runnable[str, Any]):
         load_prompts("en", prompt_file)  # a wrong file is said now, not at the first question
 
     # Runnable ------------------------------------------------------------------------------------------------------
-    def invoke(self, input: str, config: RunnableConfig | None = None, **_: Any) -> dict[str, Any]:
-        value: dict[str, Any] = self._call_with_config(self._last, input, config)
+    def invoke(self, input: str, config: RunnableConfig | None = None, **arguments: Any) -> dict[str, Any]:
+        value: dict[str, Any] = self._call_with_config(self._last, input, config, **_history(arguments))
         return value
 
-    def stream(self, input: str, config: RunnableConfig | None = None, **_: Any) -> Iterator[Any]:
+    def stream(self, input: str, config: RunnableConfig | None = None, **arguments: Any) -> Iterator[Any]:
         """Events; the last one is a Result."""
-        yield from self._transform_stream_with_config(iter([input]), self._transform, config)
+        history = _history(arguments)
+        yield from self._transform_stream_with_config(iter([input]), self._transform, config, **history)
 
-    async def astream(self, input: str, config: RunnableConfig | None = None, **_: Any) -> AsyncIterator[Any]:
+    async def astream(self, input: str, config: RunnableConfig | None = None, **arguments: Any) -> AsyncIterator[Any]:
         """`stream`, each event computed in a thread."""
-        events = self.stream(input, config)
+        events = self.stream(input, config, **arguments)
         while (event := await run_in_executor(config, next, events, None)) is not None:
             yield event
 
-    def _last(self, input: str, run_manager: CallbackManagerForChainRun, config: RunnableConfig) -> dict[str, Any]:
-        events = list(self._transform(iter([input]), run_manager, config))
+    def _last(
+        self, input: str, run_manager: CallbackManagerForChainRun, config: RunnableConfig, history: Turns = ()
+    ) -> dict[str, Any]:
+        events = list(self._transform(iter([input]), run_manager, config, history))
         value: dict[str, Any] = events[-1].value
         return value
 
     def _transform(
-        self, questions: Iterator[str], run_manager: CallbackManagerForChainRun, config: RunnableConfig
+        self,
+        questions: Iterator[str],
+        run_manager: CallbackManagerForChainRun,
+        config: RunnableConfig,
+        history: Turns = (),
     ) -> Iterator[Any]:
         for question in questions:
-            yield from self._events(question, patch_config(config, callbacks=run_manager.get_child()))
+            yield from self._events(question, patch_config(config, callbacks=run_manager.get_child()), history)
 
     # Answering -----------------------------------------------------------------------------------------------------
-    def _events(self, question: str, config: RunnableConfig) -> Iterator[Event]:
+    def _events(self, question: str, config: RunnableConfig, turns: Turns) -> Iterator[Event]:
         if not question.strip():
             raise UsageError("The question is empty.", "Ask one with --question.")
-        answer = _Answer(self.strategy, self.model_name)
+        answer = _Answer(self.strategy, self.model_name, fit_history(self.llm, turns))
         for event in self._work(question.strip(), answer, config):
             if isinstance(event, Notice):
                 answer.notices.append(event.text)
@@ -143,10 +155,9 @@ class RetrievalQA(Runnable[str, Any]):
     def _work(self, question: str, answer: _Answer, config: RunnableConfig) -> Iterator[Event]:
         yield from self.prepare()
         answer.mark("index")
-        passages = retrieve(self.retriever, question, self.search, merge=self.strategy == "stuff")
+        passages, verdict = self._look_up(answer.history.searches(question))
         answer.mark("retrieve")
         prompts = load_prompts(language_of(question), self.prompt_file)
-        verdict = self.evidence.judge(question, passages)
         if verdict.remark:
             yield Notice(verdict.remark)
         if not verdict.supported:
@@ -158,6 +169,15 @@ class RetrievalQA(Runnable[str, Any]):
         yield from self._ask(question, passages, prompts, answer, config)
         yield from answer.sources
 
+    def _look_up(self, searches: Sequence[str]) -> tuple[list[Source], Verdict]:
+        """Passages of the first search that finds something to go by, else of the last one."""
+        for text in searches:
+            passages = retrieve(self.retriever, text, self.search, merge=self.strategy == "stuff")
+            verdict = self.evidence.judge(text, passages)
+            if verdict.supported:
+                break
+        return passages, verdict
+
     def _language_notice(self, question: str) -> Iterator[Event]:
         if self.languages == "en" and language_of(question) == "zh":
             yield Notice(
@@ -168,7 +188,9 @@ class RetrievalQA(Runnable[str, Any]):
     def _ask(
         self, question: str, passages: Sequence[Source], prompts: Prompts, answer: _Answer, config: RunnableConfig
     ) -> Iterator[Event]:
-        chain = self._chain(prompts)
+        chain = self._chain(prompts, answer.history)
+        if answer.history.left_out:
+            yield Notice(f"Left out, to keep room for passages: the {answer.history.left_out} oldest messages.")
         fitting = fit(chain, question, passages, self.max_new_tokens)
         for passage in fitting.left_out:
             yield Notice(f"Left out, since the model's context is full: {place(passage)}.")
@@ -187,15 +209,20 @@ class RetrievalQA(Runnable[str, Any]):
                 yield Token(piece.text, piece.step)
             answer.usage += _usage(piece)
 
-    def _chain(self, prompts: Prompts) -> DocumentChain:
+    def _chain(self, prompts: Prompts, history: History) -> DocumentChain:
         if self.strategy == "stuff":
             return StuffChain(
                 self.llm,
-                prompts.stuff,
+                history.before(prompts.stuff),
                 document_prompt=prompts.stuff_passage,
                 document_separator=prompts.stuff_separator,
             )
-        return RefineChain(self.llm, prompts.refine_question, prompts.refine, document_prompt=prompts.refine_passage)
+        return RefineChain(
+            self.llm,
+            history.before(prompts.refine_question),
+            history.before(prompts.refine),
+            document_prompt=prompts.refine_passage,
+        )
 
 
 def place(passage: Source) -> str:
@@ -203,6 +230,11 @@ def place(passage: Source) -> str:
     page = f", page {passage.page}" if passage.page is not None else ""
     lines = f", lines {passage.start}-{passage.end}" if passage.start is not None else ""
     return f"{passage.source or 'a passage'}{page}{lines}"
+
+
+def _history(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The one argument beside the question; others are for other Runnables."""
+    return {"history": arguments["history"]} if "history" in arguments else {}
 
 
 def _step_name(strategy: Strategy, step: int) -> str:
