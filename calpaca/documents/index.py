@@ -17,7 +17,7 @@ from langchain_core.vectorstores import VectorStore
 from numpy.typing import NDArray
 
 from calpaca.core.embedding import Embedder
-from calpaca.core.errors import DocumentError
+from calpaca.core.errors import DocumentError, MissingExtraError
 from calpaca.core.events import Event, Notice, Progress
 from calpaca.core.jobs import Job, step_key
 from calpaca.core.paths import cache_dir
@@ -73,7 +73,8 @@ class DocumentIndex:
     """Chunks and vectors of some files and folders, made with one embedder and one way of splitting.
 
     Each combination of files, embedder and options has a folder of its own in the cache, so vectors of two embedders
-    never mix. `sync` brings it up to date; `store` is a LangChain VectorStore to search it with.
+    never mix. `sync` brings it up to date; `store` is a LangChain VectorStore to search it with; `failed` are the files
+    that the last `sync` could not read.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class DocumentIndex:
         self.store_component = store
         self.splitter = SentenceSplitter(embedder.count_tokens, chunk_size, chunk_overlap)
         self.folder = cache_dir() / "indexes" / self._key()
+        self.failed: dict[Path, DocumentError | MissingExtraError] = {}
         self._embeddings = PreparedEmbeddings(embedder)
 
     def _key(self) -> str:
@@ -153,7 +155,7 @@ class DocumentIndex:
         known = self.manifest.files()
         current: set[str] = set()
         changed: list[_FileChunks] = []
-        skipped: list[DocumentError] = []
+        self.failed = {}
         for path in found:
             try:
                 digest = _digest(path)
@@ -162,15 +164,17 @@ class DocumentIndex:
                     yield from _scanned(path, documents)
                     changed.append(_FileChunks(str(path), digest, self._chunks(path, documents)))
                 current.add(str(path))
-            except DocumentError as error:
+            except (DocumentError, MissingExtraError) as error:
                 if path in found.named:
                     raise
-                skipped.append(error)
-                yield Notice(f"Skipped: {error.message}")
+                self.failed[path] = error
+                yield Notice(_skipped(path, error))
         if not current:
-            raise self._nothing_to_read(found, skipped)
+            raise self._nothing_to_read(found)
         if found.unknown:
             yield Notice(_unknown_kinds(found.unknown))
+        if found.ignored:
+            yield Notice(_ignored(found.ignored))
         return _Changes(changed, sorted(self.manifest.paths() - current))
 
     def _chunks(self, path: Path, documents: Sequence[Document]) -> dict[str, Document]:
@@ -183,12 +187,14 @@ class DocumentIndex:
             seen[text] += 1
         return chunks
 
-    def _nothing_to_read(self, found: FoundFiles, skipped: list[DocumentError]) -> DocumentError:
+    def _nothing_to_read(self, found: FoundFiles) -> DocumentError:
         where = ", ".join(str(path) for path in self.paths)
-        if skipped:
-            return DocumentError(f"No file in {where} can be read; the first: {skipped[0].message}", skipped[0].hint)
+        if self.failed:
+            first = next(iter(self.failed.values()))
+            return DocumentError(f"No file in {where} can be read; the first: {first.message}", first.hint)
         endings = sorted(suffix for loader in self.loaders for suffix in getattr(loader, "suffixes", ()))
         others = f" {_unknown_kinds(found.unknown)}" if found.unknown else ""
+        others += f" {_ignored(found.ignored)}" if found.ignored else ""
         return DocumentError(
             f"There is no document in {where}.{others}", f"Files that can be read: {', '.join(endings)}."
         )
@@ -278,6 +284,16 @@ def _scanned(path: Path, documents: Sequence[Document]) -> Iterator[Event]:
         yield Notice(f"{path}: page(s) {pages} have no text (scanned?) and were left out.")
 
 
+def _skipped(path: Path, error: DocumentError | MissingExtraError) -> str:
+    if isinstance(error, MissingExtraError):
+        return f"Skipped: {path}. {error.message} {error.hint}"
+    return f"Skipped: {error.message}"
+
+
 def _unknown_kinds(unknown: Mapping[str, Any]) -> str:
     kinds = ", ".join(f"{count} × {suffix}" for suffix, count in sorted(unknown.items()))
     return f"Files of kinds that no loader reads were left out: {kinds}."
+
+
+def _ignored(count: int) -> str:
+    return f"Files and folders that .gitignore or .calpacaignore names were left out: {count}."

@@ -5,6 +5,7 @@ Nothing heavy is imported here: plugins describe their loaders with `LoaderCompo
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from calpaca.core.errors import CalpacaError, DocumentError
 from calpaca.core.registry import Component, Registry
+from calpaca.documents.ignore import IgnoreRules
 
 if TYPE_CHECKING:
     from langchain_core.documents import Document
@@ -35,14 +37,16 @@ class LoaderComponent(Component):
 
 @dataclass
 class FoundFiles:
-    """Files to read, and those of `folders` that no loader knows, counted by ending.
+    """Files to read, those that no loader knows, counted by ending, and how many files and folders rules left out.
 
-    `named` files were asked for one by one: one that cannot be read is an error, where one in a folder is skipped.
+    `named` files were asked for one by one: one that cannot be read is an error, where one that was found in a folder
+    or by a pattern is skipped.
     """
 
     named: list[Path] = field(default_factory=list)
     in_folders: list[Path] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
+    ignored: int = 0
 
     def __iter__(self) -> Iterator[Path]:
         """All files, each once."""
@@ -50,9 +54,10 @@ class FoundFiles:
 
 
 def find_files(paths: Sequence[str | Path], loaders: Registry[Component]) -> FoundFiles:
-    """The files at `paths`, folders searched all the way down.
+    """The files at `paths`, which may be patterns (`notes/**/*.md`); folders are searched all the way down.
 
-    Hidden files and folders are left out; links are followed, once. Raises DocumentError when a path does not exist.
+    Hidden files and folders are left out, as are those that `.gitignore` and `.calpacaignore` name; links are followed,
+    once. Raises DocumentError when a path does not exist or a pattern fits nothing.
     """
     found = FoundFiles()
     known = {suffix for loader in loaders for suffix in getattr(loader, "suffixes", ())}
@@ -62,27 +67,48 @@ def find_files(paths: Sequence[str | Path], loaders: Registry[Component]) -> Fou
             _search(path, known, found)
         elif path.exists():
             found.named.append(path.resolve())
+        elif glob.has_magic(str(path)):
+            found.in_folders += _matching(path)
         else:
             raise DocumentError(f"There is no file or folder {given}.", _nearby(path))
     return found
 
 
+def _matching(pattern: Path) -> list[Path]:
+    """Files that fit a pattern, hidden ones only where it says so."""
+    files = [Path(name).resolve() for name in sorted(glob.glob(str(pattern), recursive=True)) if Path(name).is_file()]  # noqa: PTH207  # Path.glob takes no absolute pattern
+    if not files:
+        raise DocumentError(f"No file fits the pattern {pattern}.", "`**` stands for any folders, `*` for any name.")
+    return files
+
+
 def _search(folder: Path, known: set[str], found: FoundFiles) -> None:
     """Add the files below `folder`, in the order of their names."""
     seen: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(parent)  # noqa: PTH116  # os.walk gives names, not paths
+    rules: dict[Path, IgnoreRules] = {}
+    for walked, folders, files in os.walk(folder, followlinks=True):
+        parent = Path(walked)
+        status = parent.stat()
         if (status.st_dev, status.st_ino) in seen:  # a link that leads back
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _IGNORED_FOLDERS)
+        rules[parent] = here = IgnoreRules(parent, rules.get(parent.parent))
+        visible = [name for name in folders if not name.startswith(".") and name not in _IGNORED_FOLDERS]
+        folders[:] = sorted(name for name in visible if not here.leave_out(parent / name, is_folder=True))
+        found.ignored += len(visible) - len(folders)
         for name in sorted(name for name in files if not name.startswith(".")):
-            suffix = Path(name).suffix.lower()
-            if suffix in known:
-                found.in_folders.append(Path(parent, name).resolve())
-            else:
-                found.unknown[suffix or "no ending"] = found.unknown.get(suffix or "no ending", 0) + 1
+            _add(parent / name, here, known, found)
+
+
+def _add(path: Path, rules: IgnoreRules, known: set[str], found: FoundFiles) -> None:
+    suffix = path.suffix.lower()
+    if rules.leave_out(path):
+        found.ignored += 1
+    elif suffix in known:
+        found.in_folders.append(path.resolve())
+    else:
+        found.unknown[suffix or "no ending"] = found.unknown.get(suffix or "no ending", 0) + 1
 
 
 def _nearby(path: Path) -> str:

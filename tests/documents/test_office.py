@@ -161,6 +161,16 @@ def test_a_bad_file_in_a_folder_does_not_stop_the_others(make_index, sync, notic
     assert index.store.similarity_search("llama", k=1)
 
 
+def test_without_the_extra_the_rest_of_a_folder_is_indexed(make_index, sync, notices, write, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "docx", None)
+    monkeypatch.delitem(sys.modules, "calpaca.documents.formats.docx", raising=False)
+    file = write("docx", word())
+    (file.parent / "a.txt").write_text("Llamas hum.")
+    index = make_index(file.parent)
+    assert [line for line in notices(sync(index)) if "file.docx" in line and "calpaca[office]" in line]
+    assert len(index) == 1 and list(index.failed) == [file]
+
+
 @pytest.mark.parametrize(("kind", "package"), [("docx", "docx"), ("pptx", "pptx"), ("xlsx", "openpyxl")])
 def test_without_the_extra_the_error_says_what_to_install(runtime, write, monkeypatch, kind: str, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)

@@ -45,7 +45,9 @@ class IndexingJob:
         return self._job
 
     def events(self) -> Iterator[Event]:
-        """Progress and notices, then a Result: where the index lies, its chunks, and what was embedded for it."""
+        """Progress and notices, then a Result: where the index lies, its chunks, what was embedded for it, and which
+        files of a folder failed, with the reason. Those do not fail the job; when no file can be read, it fails.
+        """
         yield from self._index.sync(self._start)
         job = self._job
         yield Result(
@@ -55,6 +57,7 @@ class IndexingJob:
                 "files": len(self._index.manifest.files()),
                 "embedded": job.done - job.reused if job is not None else 0,
                 "reused": job.reused if job is not None else 0,
+                "failed": {str(path): error.message for path, error in self._index.failed.items()},
                 "job": self.id,
             }
         )
