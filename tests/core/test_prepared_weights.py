@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from calpaca.core.engine import Engine, Request, Sampling  # noqa: E402
-from calpaca.core.engines.prepared import gguf_weights  # noqa: E402
+from calpaca.core.engines.prepared import gguf_weights, gguf_with_lora  # noqa: E402
 from calpaca.core.engines.retyped import matrix_types  # noqa: E402
 from calpaca.core.errors import MissingExtraError, UnsupportedError  # noqa: E402
 from calpaca.core.files import AdapterFiles, ModelFiles  # noqa: E402
@@ -77,8 +78,8 @@ def opened(sources_runtime: Runtime, own_cache: Path) -> Iterator[Callable[..., 
         engine.close()
 
 
-def answers(engine: Engine) -> list[str]:
-    return [engine.submit(Request(prompt, Sampling(max_new_tokens=6))).result(60).text for prompt in PROMPTS]
+def answers(engine: Engine, prompts: Sequence[str] = PROMPTS) -> list[str]:
+    return [engine.submit(Request(prompt, Sampling(max_new_tokens=6))).result(60).text for prompt in prompts]
 
 
 @pytest.mark.parametrize("name", ["openvino", "llama_cpp"])
@@ -90,6 +91,79 @@ def test_an_adapter_changes_the_answers_as_in_transformers(
     expected = answers(opened("transformers", files_of(base, adapter, dtype="float32")))
     assert adapted == expected
     assert all(a != b for a, b in zip(plain, adapted, strict=True))
+
+
+@pytest.fixture(scope="module")
+def base_gguf(base: Path, sources_runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base as a GGUF file of the user's own, in float32."""
+    from calpaca.core.checkpoint.write import write_model
+    from calpaca.core.export.gguf_export import GgufOptions, plan_gguf
+
+    folder = tmp_path_factory.mktemp("gguf") / "base"
+    write_model(plan_gguf(files_of(base), GgufOptions("f32")).model, folder, sources_runtime.jobs)
+    return next(folder.glob("*.gguf"))
+
+
+def files_on(own: Path, base: Path, *adapters: AdapterFiles, **spec: Any) -> ModelFiles:
+    """A GGUF file under adapters; `base` is the same model as a folder."""
+    return ModelFiles(base.name, ModelSpec(model=str(own), device="cpu", **spec), base, adapters, base, None)
+
+
+def make_adapter(base: Path, folder: Path, seed: int, std: float = 0.15, **config: Any) -> Path:
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "up_proj"]} | config
+    torch.manual_seed(seed)
+    model = get_peft_model(model, LoraConfig(**config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=std)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_llama_cpp_puts_stacked_and_scaled_lora_on_a_gguf_file_as_if_merged(
+    base: Path, base_gguf: Path, adapter: Path, tmp_path: Path, opened: Callable[..., Engine], sources_runtime: Runtime
+) -> None:
+    other = make_adapter(base, tmp_path / "other", 2, use_rslora=True)
+    stacked = (AdapterFiles("one", adapter, 0.5), AdapterFiles("two", other, 1.5))
+    files = files_on(base_gguf, base, *stacked, dtype="float32")
+    weights, lora = gguf_with_lora(files, sources_runtime, "llama_cpp", frozenset({"F32"}))
+    assert weights == base_gguf
+    assert [each.scale for each in lora] == [0.5, 1.5]
+    prompts = [f"{number} {text}" for text in PROMPTS for number in (1, 2)]
+    on_top, merged, once = (
+        answers(opened(name, each), prompts)
+        for name, each in (
+            ("llama_cpp", files),
+            ("transformers", files),
+            ("transformers", replace(files, adapters=tuple(replace(each, scale=1.0) for each in stacked))),
+        )
+    )
+    assert on_top == merged
+    assert on_top != once  # the scales matter
+
+
+def test_a_lora_file_is_written_once_and_has_no_scale_in_it(
+    base: Path, base_gguf: Path, adapter: Path, sources_runtime: Runtime, own_cache: Path
+) -> None:
+    paths = []
+    for scale in (1.0, 0.25):
+        files = files_on(base_gguf, base, AdapterFiles("adapter", adapter, scale))
+        (lora,) = gguf_with_lora(files, sources_runtime, "llama_cpp")[1]
+        paths.append((lora.path, lora.path.stat().st_mtime_ns))
+    assert paths[0] == paths[1]
+    assert paths[0][0].is_relative_to(own_cache)
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_what_is_more_than_lora_is_merged(
+    more: dict[str, Any], base: Path, base_gguf: Path, tmp_path: Path, sources_runtime: Runtime, own_cache: Path
+) -> None:
+    adapter = AdapterFiles("more", make_adapter(base, tmp_path / "more", 3, **more))
+    weights, lora = gguf_with_lora(files_on(base_gguf, base, adapter), sources_runtime, "llama_cpp")
+    assert lora == ()
+    assert weights.is_relative_to(own_cache)
 
 
 def test_weights_are_prepared_once_for_each_content(

@@ -5,15 +5,17 @@ several tokens only the last is told. So this engine gives text and counts, and 
 would lack the same tokens. Its frequency and presence penalties count the prompt, too, which no window that it takes
 leaves out: they are refused.
 
-Adapters are merged into the weights. llama.cpp would take GGUF LoRA files at its start and their scales per request, but
-then it goes on from keys and values that it kept of the same prompt under another adapter (xllamacpp 2026.10.11549:
-after adapter B, a request without one got B's answer), and it takes no further file while it runs.
+A GGUF file stays as it is under LoRA adapters: llama.cpp takes them as files of their own when it starts. What is more
+than LoRA is merged, and so are adapters of a model that is not such a file. Adapters for single requests are not
+offered: llama.cpp goes on from keys and values that it kept of the same prompt under another adapter (xllamacpp
+2026.10.11549: after adapter B, a request without one got B's answer), and it takes no further file while it runs.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
@@ -24,10 +26,10 @@ from calpaca.core.engine import Capabilities, FinishReason, Grammar
 from calpaca.core.engines.answer import Progress
 from calpaca.core.engines.dialect import lark_source
 from calpaca.core.engines.native import Job, NativeEngine, cache_tokens, check_cpu, read_model, stored_type, threads
-from calpaca.core.engines.prepared import gguf_weights
+from calpaca.core.engines.prepared import gguf_with_lora
 from calpaca.core.engines.process import Event, Worker
 from calpaca.core.errors import MissingExtraError, ModelError, UnsupportedError
-from calpaca.core.files import ModelFiles
+from calpaca.core.files import AdapterFiles, ModelFiles
 from calpaca.core.grammar import KINDS
 
 if TYPE_CHECKING:
@@ -57,8 +59,8 @@ def open_engine(files: ModelFiles, runtime: Runtime) -> NativeEngine:
     if files.spec.dtype == "bfloat16":
         raise UnsupportedError(f"The engine '{NAME}' does not compute in bfloat16.", "Use --dtype float16 or float32.")
     check_installed()
-    weights = gguf_weights(files, runtime, NAME, TYPES.get(files.spec.dtype))
-    return start_engine(files, weights)
+    weights, adapters = gguf_with_lora(files, runtime, NAME, TYPES.get(files.spec.dtype))
+    return start_engine(files, weights, adapters)
 
 
 def check_installed() -> None:
@@ -69,8 +71,15 @@ def check_installed() -> None:
         raise MissingExtraError(f"The engine '{NAME}'", "llama-cpp", "xllamacpp")
 
 
-def start_engine(files: ModelFiles, weights: Path, *, slots: int = SLOTS, isolated: bool = True) -> NativeEngine:
-    """The engine on a GGUF file. Without `isolated` it runs in threads of this process.
+def start_engine(
+    files: ModelFiles,
+    weights: Path,
+    adapters: Sequence[AdapterFiles] = (),
+    *,
+    slots: int = SLOTS,
+    isolated: bool = True,
+) -> NativeEngine:
+    """The engine on a GGUF file, under GGUF LoRA files with their scales. Without `isolated` it runs in threads of this process.
 
     There are fewer slots where memory is short; where not even one whole context fits, the context is shorter.
     """
@@ -81,6 +90,7 @@ def start_engine(files: ModelFiles, weights: Path, *, slots: int = SLOTS, isolat
     context = min(model.context_length, tokens)
     arguments = {
         "weights": str(weights),
+        "adapters": [(str(adapter.path), adapter.scale) for adapter in adapters],
         "slots": slots,
         "context": context,
         "exact": exact,
@@ -109,9 +119,19 @@ class LlamaCppRunner:
     what else runs.
     """
 
-    def __init__(self, weights: str, *, slots: int, context: int, exact: bool, threads: int | None) -> None:
+    def __init__(
+        self,
+        weights: str,
+        *,
+        adapters: Sequence[tuple[str, float]],
+        slots: int,
+        context: int,
+        exact: bool,
+        threads: int | None,
+    ) -> None:
         self._folder = TemporaryDirectory(prefix="calpaca-")
-        self._server = _open_server(_parameters(weights, slots, context, exact), Path(self._folder.name), threads)
+        parameters = _parameters(weights, adapters, slots, context, exact)
+        self._server = _open_server(parameters, Path(self._folder.name), threads)
         self._context = context
         self._jobs: SimpleQueue[tuple[int, Job] | None] = SimpleQueue()
         self._events: SimpleQueue[Event] = SimpleQueue()
@@ -224,11 +244,12 @@ def _body(job: Job, context: int) -> dict[str, Any]:
     return body
 
 
-def _parameters(weights: str, slots: int, context: int, exact: bool) -> Any:
+def _parameters(weights: str, adapters: Sequence[tuple[str, float]], slots: int, context: int, exact: bool) -> Any:
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = weights
+    parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, scale) for path, scale in adapters]
     parameters.n_parallel = slots
     parameters.n_ctx = slots * context
     parameters.n_batch = STEP_TOKENS

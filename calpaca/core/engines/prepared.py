@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calpaca.core import gguf
 from calpaca.core.disk import check_space, disk_errors
 from calpaca.core.engines.retyped import matrix_types, retype
-from calpaca.core.errors import UsageError
-from calpaca.core.files import ModelFiles
+from calpaca.core.errors import AdapterError, UnsupportedError, UsageError
+from calpaca.core.files import AdapterFiles, ModelFiles
 from calpaca.core.lock import exclusive
 from calpaca.core.paths import atomic_file, cache_dir
 
@@ -44,6 +47,49 @@ def gguf_weights(files: ModelFiles, runtime: Runtime, engine: str, accepted: fro
             _write_again(own, wanted, target)
         else:
             _export(files, wanted, folder, runtime)
+    return target
+
+
+def gguf_with_lora(
+    files: ModelFiles, runtime: Runtime, engine: str, accepted: frozenset[str] | None = None
+) -> tuple[Path, tuple[AdapterFiles, ...]]:
+    """The model as a GGUF file, and GGUF LoRA files to put on it: so a quantized file of the user's own stays as it is.
+
+    Adapters are merged, as in `gguf_weights`, where the file cannot stay anyway or one of them is more than LoRA.
+    """
+    base = replace(files, adapters=())
+    own = _own_file(base, runtime) if files.adapters and files.spec.quantization is None else None
+    if own is not None and (accepted is None or matrix_types(own) <= accepted):
+        adapters = _lora_files(files, runtime)
+        if adapters is not None:
+            return own, adapters
+    return gguf_weights(files, runtime, engine, accepted), ()
+
+
+def _lora_files(files: ModelFiles, runtime: Runtime) -> tuple[AdapterFiles, ...] | None:
+    """Each adapter as a GGUF file; None where one changes the vocabulary or is anything but low-rank factors."""
+    from calpaca.core.tokenizer import load_tokenizer
+
+    if files.tokenizer != files.weights and len(load_tokenizer(files.tokenizer)) != len(load_tokenizer(files.weights)):
+        return None
+    try:
+        return tuple(replace(adapter, path=_lora_file(files, adapter, runtime)) for adapter in files.adapters)
+    except (UnsupportedError, AdapterError) as error:
+        logger.info("The adapters are merged: %s", error)
+        return None
+
+
+def _lora_file(files: ModelFiles, adapter: AdapterFiles, runtime: Runtime) -> Path:
+    """One adapter's factors, written once. Its scale is no part of the file."""
+    from calpaca.core.checkpoint.write import write_model
+    from calpaca.core.export.lora import plan_lora
+
+    alone = replace(files, adapters=(replace(adapter, scale=1.0),), tokenizer=files.weights, template=None)
+    export = plan_lora(alone, files.name)
+    folder = _place(alone, "F32", "lora")
+    target = folder / export.file_name
+    if not target.is_file():
+        _write_once(partial(write_model, export.model, folder, runtime.jobs), folder)
     return target
 
 
@@ -85,8 +131,12 @@ def _export(files: ModelFiles, wanted: str, folder: Path, runtime: Runtime) -> N
     export = plan_gguf(files, GgufOptions(wanted.lower()))
     for note in export.notes:
         logger.info("%s", note)
+    _write_once(partial(write_model, export.model, folder, runtime.jobs), folder)
+
+
+def _write_once(write: Callable[[], object], folder: Path) -> None:
     try:
-        write_model(export.model, folder, runtime.jobs)
+        write()
     except UsageError:
         if not folder.is_dir():  # another process was faster
             raise
