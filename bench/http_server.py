@@ -17,10 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,8 +33,8 @@ from calpaca_openai_api.settings import ServeOptions
 
 
 @contextmanager
-def serving(**fields: Any) -> Iterator[tuple[int, Any]]:
-    """A server on a port of this machine, and its model."""
+def serving(**fields: Any) -> Iterator[tuple[int, Any, Any]]:
+    """A server on a port of this machine, its model and its queue."""
     options = ServeOptions(model="smollm2-135m-instruct", engine="transformers", device="cpu", port=0, **fields)
     with build_runtime(Settings()) as runtime:
         models = ServedModels(runtime, runtime.check(options.spec()))
@@ -46,19 +44,19 @@ def serving(**fields: Any) -> Iterator[tuple[int, Any]]:
         server = Server(app, api.admission, options)
         thread = threading.Thread(target=run, args=[server, listener])
         thread.start()
-        yield listener.getsockname()[1], model
+        yield listener.getsockname()[1], model, api.admission
         server.should_exit = True
         thread.join()
 
 
-def clients(*arguments: object) -> subprocess.Popen[str]:
+def clients(kind: str, *arguments: object) -> subprocess.Popen[str]:
     """This file in another process, as clients."""
-    command = [sys.executable, __file__, "--as-client", json.dumps(arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, "--as-client", json.dumps([kind, *arguments])]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-async def ask(port: int, tokens: int, name: object = "") -> list[float]:
-    """Read one stream over a bare socket; when each of its events came."""
+async def ask(port: int, tokens: int, name: object = "") -> None:
+    """Read one stream over a bare socket, to its end."""
     text = f"Client {name}: count from one to one thousand, in words."
     fields = {"messages": [{"role": "user", "content": text}], "max_tokens": tokens, "temperature": 0, "stream": True}
     fields["logit_bias"] = {"0": -100, "2": -100}  # the tokens that end an answer: all are of the same length
@@ -66,50 +64,45 @@ async def ask(port: int, tokens: int, name: object = "") -> list[float]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     writer.write(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    times: list[float] = []
     try:
-        while True:
-            line = await reader.readline()
-            if line.startswith(b"data: "):
-                times.append(time.perf_counter())
-            if not line or line == b"data: [DONE]\n":
-                return times
+        while (line := await reader.readline()) and line != b"data: [DONE]\n":
+            pass
     finally:
         writer.close()
 
 
-async def client(port: int, tokens: int, count: int, waits: bool) -> None:
-    """`count` streams at once; `waits` keeps them open until this process is killed."""
-    tasks = [asyncio.create_task(ask(port, tokens, number)) for number in range(count)]
-    if waits:
-        await asyncio.sleep(3)
-        print("open", flush=True)
-    await asyncio.gather(*tasks)
+async def together(port: int, tokens: int, count: int) -> None:
+    """`count` streams at once."""
+    await asyncio.gather(*(ask(port, tokens, number) for number in range(count)))
+
+
+async def one_by_one(port: int, tokens: int = 1) -> None:
+    """A stream for each line on stdin; its seconds are printed."""
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        await ask(port, tokens)
+        print(time.perf_counter() - begin, flush=True)
 
 
 def processor_time(count: int, tokens: int) -> None:
-    with serving(temperature=0.0) as (port, model):
+    with serving(temperature=0.0) as (port, model, _):
         thread = model.engine.batch._thread
         clock = time.pthread_getcpuclockid(thread.ident)
-        clients(port, 4, 2, False).wait()  # everything is imported and warm
+        clients("together", port, 4, 2).wait()  # everything is imported and warm
         whole, engine = time.process_time(), time.clock_gettime(clock)
-        clients(port, tokens, count, False).wait()
+        clients("together", port, tokens, count).wait()
         engine = time.clock_gettime(clock) - engine
         own = time.process_time() - whole - engine
     print(
         f"{count} clients, {tokens} tokens each: engine {engine:.2f} s, server {own:.2f} s of processor time "
-        f"({own / count * 1e3:.1f} ms a request, {own / count / tokens * 1e3:.3f} ms a token); ratio {own / engine:.3f}"
+        f"({own / count * 1e3:.1f} ms a request, {own / count / tokens * 1e3:.3f} ms a token); ratio {own / engine:.3f}",
+        flush=True,
     )
 
 
 def latency(rounds: int = 200) -> None:
     """One token, over HTTP and asked of the engine directly, in turns, without other load."""
-    with serving(temperature=0.0) as (port, model):
-
-        async def over_http() -> float:
-            begin = time.perf_counter()
-            await ask(port, 1)
-            return time.perf_counter() - begin
+    with serving(temperature=0.0) as (port, model, _):
 
         def direct() -> float:
             begin = time.perf_counter()
@@ -117,34 +110,52 @@ def latency(rounds: int = 200) -> None:
             model.chat([{"role": "user", "content": text}], Sampling(max_new_tokens=1)).result()
             return time.perf_counter() - begin
 
-        pairs = [(asyncio.run(over_http()), direct()) for _ in range(rounds)][10:]
+        with clients("one_by_one", port) as client:
+            pairs = [(float(answer(client)), direct()) for _ in range(rounds)][10:]
+            client.stdin.close()
     ranked = [sorted(times) for times in zip(*pairs, strict=True)]
     median, high = ((ranked[0][at] - ranked[1][at]) * 1e3 for at in (len(pairs) // 2, int(0.95 * len(pairs))))
-    print(f"added latency of a streamed request: median {median:.1f} ms, at 95 % {high:.1f} ms")
+    print(f"added latency of a streamed request: median {median:.1f} ms, at 95 % {high:.1f} ms", flush=True)
 
 
-def queue(waiting: int, tokens: int = 900, rounds: int = 2) -> None:
-    """Time between tokens at the end of a stream, with others waiting for its slot and without, in turns."""
-    with serving(temperature=0.0, max_running=1, max_waiting=waiting + 1) as (port, _):
-        ratios = []
+def queue(waiting: int, tokens: int = 200, rounds: int = 3) -> None:
+    """A stream with others waiting behind it and without, in turns: its time and the processor's."""
+    with serving(temperature=0.0, max_running=1, max_waiting=waiting + 1) as (port, _, admission):
+        measured = []
         for number in range(rounds):
-            alone = asyncio.run(ask(port, tokens, number))
-            begin = time.perf_counter()
-            with ThreadPoolExecutor(1) as pool:
-                running = pool.submit(asyncio.run, ask(port, tokens, f"again {number}"))
-                time.sleep(0.2)
-                crowd = clients(port, 8, waiting, True)
-                assert crowd.stdout is not None
-                crowd.stdout.readline()
-                opened = time.perf_counter() - begin
-                times = running.result()
-            beside, before = ([b - a for a, b in pairwise(each[-tokens // 3 :])] for each in (times, alone))
-            print(f"all wait after {opened:.1f} s, the stream ends after {times[-1] - begin:.1f} s", file=sys.stderr)
-            ratios.append(statistics.median(beside) / statistics.median(before))
-            crowd.kill()
-            crowd.communicate()
-            time.sleep(1)
-    print(f"time between tokens beside {waiting} waiting streams: {statistics.median(ratios):.3f} times that alone")
+            for count in (0, waiting):
+                holder = clients("together", port, 4000, 1)
+                wait_until(lambda: admission.running == 1)
+                stream = clients("one_by_one", port, tokens)
+                stream.stdin.write("\n")
+                stream.stdin.flush()
+                wait_until(lambda: admission.waiting == 1)
+                crowd = clients("together", port, 8, count)
+                wait_until(lambda count=count: admission.waiting == count + 1)
+                begin, processor = time.perf_counter(), time.process_time()
+                holder.kill()  # its slot goes to the stream, while all others wait
+                stream.stdout.readline()
+                measured.append((time.perf_counter() - begin, time.process_time() - processor))
+                print(f"round {number}, {count} waiting: {measured[-1][0]:.2f} s", file=sys.stderr, flush=True)
+                for each in (holder, stream, crowd):
+                    each.kill()
+                    each.communicate()
+                wait_until(lambda: admission.running == admission.waiting == 0)
+    alone, beside = measured[::2], measured[1::2]
+    wall, processor = (statistics.median(b[at] / a[at] for a, b in zip(alone, beside, strict=True)) for at in (0, 1))
+    print(f"a stream before {waiting} waiting ones takes {wall:.3f} times as long, {processor:.3f} of processor time")
+
+
+def answer(client: subprocess.Popen[str]) -> str:
+    """Have a client of `one_by_one` ask; the seconds it took."""
+    client.stdin.write("\n")
+    client.stdin.flush()
+    return client.stdout.readline()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.01)
 
 
 def main() -> None:
@@ -155,7 +166,8 @@ def main() -> None:
     parser.add_argument("--as-client", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.as_client:
-        asyncio.run(client(*json.loads(options.as_client)))
+        kind, *arguments = json.loads(options.as_client)
+        asyncio.run({"together": together, "one_by_one": one_by_one}[kind](*arguments))
         return
     import torch
 
