@@ -247,8 +247,8 @@ def batch(bench: Bench) -> None:
     from calpaca import CalpacaLLM
 
     prompts = [f"{number}. {FILLER * (1 + number % 5)}" for number in range(32)]
-    requests = [Request(prompt, Sampling(max_new_tokens=48)) for prompt in prompts]
-    llm = CalpacaLLM.from_model(bench.model, Sampling(max_new_tokens=48))
+    requests = [Request(prompt, Sampling(max_new_tokens=32)) for prompt in prompts]
+    llm = CalpacaLLM.from_model(bench.model, Sampling(max_new_tokens=32))
     chained, plain = Clock(), Clock()
     for _ in range(bench.rounds + 1):
         plain.measure(lambda: bench.run(requests))

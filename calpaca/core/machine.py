@@ -122,6 +122,15 @@ def usable_cores() -> float:
     return min(float(cores), _quota() or float(cores))
 
 
+def computing_threads() -> int:
+    """Threads that each have a core to compute on: the physical cores of this process's affinity, within its quota."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    cores = {_read(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").strip() for core in allowed}
+    cores.discard("")
+    usable = int(usable_cores())
+    return max(min(len(cores) or _physical_cores() or usable, usable), 1)
+
+
 def _quota() -> float | None:
     """Cores that the control group grants (version 2, then version 1)."""
     words = _read("/sys/fs/cgroup/cpu.max").split()

@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+from calpaca.core import machine
+from calpaca.core.engines.native import threads as native_threads
 from calpaca.core.engines.threads import CHECK_SECONDS, ThreadPolicy, busy_seconds, threads_beside
 
 torch = pytest.importorskip("torch")
@@ -85,3 +88,25 @@ def test_beside_others_the_faster_number_is_found_and_the_slower_one_seldom_trie
         assert policy.threads == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "quota", "asked", "threads"),
+    [
+        (range(8), "max 100000", "", 4),  # two hardware threads on each of four cores
+        ((0, 4, 1), "max 100000", "", 2),
+        (range(8), "350000 100000", "", 3),
+        (range(8), "50000 100000", "", 1),
+        (range(8), "max 100000", "7", 7),
+        (range(8), "max 100000", "none", 4),
+    ],
+)
+def test_native_engines_have_a_thread_for_each_physical_core_that_is_theirs(
+    allowed: Iterable[int], quota: str, asked: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list": f"{core % 4}" for core in range(8)}
+    files["/sys/fs/cgroup/cpu.max"] = quota
+    monkeypatch.setattr(machine, "_read", lambda path: files.get(str(path), ""))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(allowed), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert native_threads() == threads

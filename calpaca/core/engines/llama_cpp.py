@@ -127,7 +127,7 @@ class LlamaCppRunner:
         slots: int,
         context: int,
         exact: bool,
-        threads: int | None,
+        threads: int,
     ) -> None:
         self._folder = TemporaryDirectory(prefix="calpaca-")
         parameters = _parameters(weights, adapters, slots, context, exact)
@@ -266,15 +266,14 @@ def _parameters(weights: str, adapters: Sequence[tuple[str, float]], slots: int,
     return parameters
 
 
-def _open_server(parameters: Any, folder: Path, threads: int | None) -> Any:
+def _open_server(parameters: Any, folder: Path, threads: int) -> Any:
     """llama.cpp's server always listens somewhere: here on a socket that only this user reaches, with a key."""
     import xllamacpp
 
     parameters.api_keys = [secrets.token_hex(16)]
     if os.name == "posix":
         parameters.hostnames = [str(folder / "unused.sock")]
-    if threads is not None:
-        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     try:
         return xllamacpp.Server(parameters)
     except Exception as error:

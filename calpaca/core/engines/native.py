@@ -16,6 +16,7 @@ from calpaca.core.engines.limits import check_bias, check_prompt, new_tokens
 from calpaca.core.engines.process import Worker
 from calpaca.core.errors import UnsupportedError
 from calpaca.core.files import ModelFiles
+from calpaca.core.machine import computing_threads
 from calpaca.core.spec import ModelSpec
 from calpaca.core.template import NamedTemplate, choose_template
 from calpaca.core.tokenizer import Tokenizer, load_tokenizer
@@ -86,10 +87,10 @@ def cache_tokens(model: NativeModel, wanted: int, value_bytes: int) -> int:
     return min(wanted, max(free_memory() // 4 // (model.cache_values * value_bytes), 1))
 
 
-def threads() -> int | None:
-    """The number of threads that OMP_NUM_THREADS asks for, as for every other library; None where it asks nothing."""
+def threads() -> int:
+    """The number of threads that OMP_NUM_THREADS asks for, as for every other library, else one for each core."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() and int(asked) > 0 else None
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else computing_threads()
 
 
 def check_cpu(engine: str, spec: ModelSpec) -> None:

@@ -105,20 +105,18 @@ class OpenVinoRunner:
     """The library's batch. Used by one thread, in the engine's process."""
 
     def __init__(
-        self, weights: str, blocks: int, eos_ids: tuple[int, ...], precision: str | None, threads: int | None
+        self, weights: str, blocks: int, eos_ids: tuple[int, ...], precision: str | None, threads: int
     ) -> None:
         import openvino
         import openvino_genai
 
         self._openvino, self._genai = openvino, openvino_genai
         self._eos_ids = eos_ids
-        properties: dict[str, Any] = {}
+        properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads}
         if precision is not None:
             properties["INFERENCE_PRECISION_HINT"] = precision
         if precision == "f32":
             properties["KV_CACHE_PRECISION"] = "f32"
-        if threads is not None:
-            properties["INFERENCE_NUM_THREADS"] = threads
         try:
             self._pipeline = openvino_genai.ContinuousBatchingPipeline(
                 weights, self._scheduling(blocks), "CPU", properties
