@@ -80,6 +80,9 @@ CHAT = [
     ({"options": {"k": 1}}, "options"),
     ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
     ({"teperature": 1}, "teperature"),
+    ({"num_beams": 4}, "num_beams"),
+    ({"guidance_scale": 1.5}, "guidance_scale"),
+    ({"draft_model": "small"}, "draft_model"),
 ]  # fmt: skip
 
 
@@ -91,6 +94,18 @@ async def test_a_wrong_chat_request_is_a_400_that_names_the_field(scripted, fiel
     assert error["type"] == "invalid_request_error"
     assert server.engine.requests == []
     assert server.api.admission.running == 0
+
+
+async def test_methods_that_no_engine_offers_are_named_with_what_comes_nearest(scripted) -> None:
+    server = scripted()
+    error = error_of(await server.chat(num_beams=4), 400)
+    assert error["code"] == "unsupported_parameter"
+    assert "beam search" in error["message"]
+    assert "temperature 0" in error["message"]
+    error = error_of(await server.post("/v1/completions", prompt="a", negative_prompt="b"), 400)
+    assert error["param"] == "negative_prompt"
+    switched_off = {"num_beams": 1, "guidance_scale": 1.0, "draft_model": None}
+    assert (await server.chat(**switched_off)).status_code == 200
 
 
 COMPLETION = [

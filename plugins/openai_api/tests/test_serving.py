@@ -6,10 +6,13 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import httpx2
@@ -86,29 +89,75 @@ def program(smollm2: Path, tmp_path: Path):
         process.communicate()
 
 
-def test_sigterm_lets_a_running_stream_end_and_then_the_process_ends_well(program):
-    process, url = program()
-    pieces: list[str] = []
+def test_sigterm_lets_running_streams_end_whole_and_then_the_process_ends_well(program):
+    process, url = program("--dtype", "float32")
 
-    def read() -> None:
-        body = {"messages": LONG, "max_tokens": 60, "temperature": 0, "stream": True}
+    def read(count: int) -> list[dict]:
+        asked = [{"role": "user", "content": f"Count from {count} to one thousand, in words."}]
+        body = {"messages": asked, "max_tokens": 40, "temperature": 0, "stream": True}
+        body["stream_options"] = {"include_usage": True}
         with httpx2.stream("POST", f"{url}/chat/completions", json=body, timeout=120) as response:
-            pieces.extend(line for line in response.iter_lines() if line)
+            lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        assert lines.pop() == "[DONE]"
+        return [json.loads(line) for line in lines]
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    end = time.monotonic() + 60
-    while "calpaca_requests_running 1.0" not in httpx2.get(url.removesuffix("/v1") + "/metrics").text:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    reader.join(120)
-    assert pieces[-1] == "data: [DONE]"
-    finish = [json.loads(piece.removeprefix("data: "))["choices"][0]["finish_reason"] for piece in pieces[:-1]]
-    assert finish[-1] in ("length", "stop")
+    def text(chunks: list[dict]) -> str:
+        return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
+
+    with ThreadPoolExecutor(4) as pool:
+        expected = list(pool.map(read, range(4)))
+        streams = [pool.submit(read, count) for count in range(4)]
+        end = time.monotonic() + 60
+        while "calpaca_requests_running 4.0" not in httpx2.get(url.removesuffix("/v1") + "/metrics").text:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        answers = [stream.result() for stream in streams]
+    assert [text(answer) for answer in answers] == [text(answer) for answer in expected]
+    assert [answer[-1]["usage"]["completion_tokens"] for answer in answers] == [
+        answer[-1]["usage"]["completion_tokens"] for answer in expected
+    ]
     assert process.wait(30) == 0
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"{url}/models")
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate that this machine has signed for itself, and its key."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=5))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    files = tmp_path / "cert.pem", tmp_path / "key.pem"
+    files[0].write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    files[1].write_bytes(key.private_bytes(encoding, form, serialization.NoEncryption()))
+    return files
+
+
+def test_https_is_spoken_with_the_certificate_that_is_named(program, certificate):
+    process, url = program("--tls-cert", str(certificate[0]), "--tls-key", str(certificate[1]))
+    assert url.startswith("https://127.0.0.1:")
+    trusting = ssl.create_default_context(cafile=str(certificate[0]))
+    body = {"messages": LONG, "max_tokens": 4}
+    with httpx2.Client(verify=trusting) as client:
+        answer = client.post(f"{url}/chat/completions", json=body, timeout=60).json()
+        assert answer["usage"]["completion_tokens"] == 4
+    with pytest.raises(httpx2.ConnectError, match="certificate"):
+        httpx2.get(f"{url}/models")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
 
 
 def test_the_program_asks_for_the_key_in_its_file(program, tmp_path):
@@ -119,6 +168,33 @@ def test_the_program_asks_for_the_key_in_its_file(program, tmp_path):
     assert httpx2.get(f"{url}/models").status_code == 401
     listed = httpx2.get(f"{url}/models", headers={"Authorization": "Bearer sesame"})
     assert listed.status_code == 200
+
+
+def test_a_question_on_the_command_line_is_answered_by_the_running_server(program, smollm2, e5, tmp_path) -> None:
+    process, _ = program("--dtype", "float32")
+    end = time.monotonic() + 30
+    while not list((data_dir() / "servers").glob("*.json")):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    handbook = tmp_path / "handbook.md"
+    handbook.write_text("# Keys\n\nThe key of the archive is kept by Mrs Abendroth on the second floor.\n")
+    command = [sys.executable, "-m", "calpaca", "run", "retrieval_qa", "--file", str(handbook), "--json"]
+    command += ["--model", str(smollm2), "--dtype", "float32", "--temperature", "0", "--max-new-tokens", "20"]
+    command += ["--question", "Who keeps the key of the archive?"]
+
+    def ask() -> tuple[dict, str]:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), done.stderr
+
+    attached, remarks = ask()
+    assert "Asking the running server" in remarks
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    own, remarks = ask()
+    assert "Asking the running server" not in remarks
+    for key in ("answer", "sources", "usage", "model"):
+        assert attached[key] == own[key]
 
 
 def test_a_running_server_is_asked_instead_of_loading_its_model_again(program, smollm2, tmp_path) -> None:

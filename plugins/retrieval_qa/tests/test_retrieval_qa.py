@@ -142,6 +142,54 @@ def test_a_prompt_that_fits_in_no_way_is_an_error_with_numbers(document) -> None
         build(options(document, max_new_tokens=50), runtime).invoke(QUESTION)
 
 
+# The turns before ---------------------------------------------------------------------------------------------------
+TURNS = [{"role": "user", "content": "What does the dog like {now}?"}, {"role": "assistant", "content": "Dish 3."}]
+
+
+@pytest.mark.parametrize("strategy", ["stuff", "refine"])
+def test_a_follow_up_question_is_looked_up_and_asked_with_the_turns_before_it(document, strategy) -> None:
+    runtime = fake_runtime(["Dish."] * 20)
+    runner = build(options(document, strategy=strategy, k=1), runtime)
+    value = runner.invoke("And why?", history=TURNS)
+    assert "dog" in value["sources"][0]["text"]
+    assert all("like {now}?" in prompt and "Dish 3." in prompt for prompt in runtime.fake.engine.prompts)
+    assert value == {**[*runner.stream("And why?", history=TURNS)][-1].value, "timings": value["timings"]}
+    assert not any("oldest" in notice for notice in value["notices"])
+
+
+def test_a_question_about_something_else_is_looked_up_alone(document) -> None:
+    runtime = fake_runtime(["Dish."] * 20)
+    other = [{"role": "user", "content": "Quantum chromodynamics, lattice spacing, renormalisation, beta functions?"}]
+    value = build(options(document, k=1), runtime).invoke(QUESTION, history=other)
+    assert "dog" in value["sources"][0]["text"]
+
+
+def test_the_oldest_turns_make_room_and_that_is_said(document) -> None:
+    runtime = fake_runtime(["Dish."] * 20, context_length=2000)
+    turns = [{"role": role, "content": f"{n} " * 30} for n in range(8) for role in ("user", "assistant")]
+    value = build(options(document, max_new_tokens=50), runtime).invoke(QUESTION, history=[*turns, *TURNS])
+    assert any("oldest messages" in notice for notice in value["notices"])
+    (prompt,) = runtime.fake.engine.prompts
+    assert "like {now}?" in prompt
+    assert "0 0 0" not in prompt
+    assert len(prompt.encode()) + 50 <= 2000
+
+
+async def test_a_chat_model_of_langchain_gets_the_turns_as_messages() -> None:
+    asked = []
+
+    class Listening(FakeListChatModel):
+        def _stream(self, messages, *args, **kwargs):
+            asked.append([message.type for message in messages])
+            yield from super()._stream(messages, *args, **kwargs)
+
+    qa = RetrievalQA(Listening(responses=["a"]), filled_store())
+    events = [event async for event in qa.astream(QUESTION, history=TURNS)]
+    assert events[-1].value["answer"] == "a"
+    assert qa.bind(history=TURNS).invoke(QUESTION)["answer"] == "a"
+    assert asked == [["human", "ai", "human"]] * 2
+
+
 # Wrong use ----------------------------------------------------------------------------------------------------------
 def test_wrong_options_are_refused_before_anything_is_loaded(document, tmp_path) -> None:
     runtime = fake_runtime(["Dish."])
