@@ -91,7 +91,8 @@ class CompletionPlan:
         assert self.sampling is not None
         wanted, engine = self.sampling.logprobs is not None, self.model.engine
         prompts = [prompt for prompt in self.prompts for _ in range(self.candidates)]
-        readers = [TokenReader(engine, prompt.ids) if wanted else None for prompt in prompts]
+        # The token that ends an answer is listed too: lm-eval counts on one token more than its prompt.
+        readers = [TokenReader(engine, prompt.ids, with_end=True) if wanted else None for prompt in prompts]
         async with aclosing(generated(self.start)) as chunks:  # type: ignore[type-var]
             async for index, chunk in chunks:
                 reader, prompt = readers[index], prompts[index]

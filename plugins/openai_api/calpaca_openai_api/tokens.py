@@ -27,13 +27,14 @@ class Token:
 
 
 class TokenReader:
-    """Pairs the tokens of chunks with the text of chunks. Tokens that a stop text cut off, and the one that ends the
-    answer, stand for nothing and are left out."""
+    """Pairs the tokens of chunks with the text of chunks. Tokens that a stop text cut off stand for nothing and are left
+    out, and so is the one that ends the answer unless `with_end`."""
 
-    def __init__(self, engine: Engine, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, engine: Engine, prompt: Sequence[int] = (), *, with_end: bool = False) -> None:
         # A server's tokenizer is asked over the network: its tokens are taken as it shows them.
         local = not engine.capabilities().conversations
         self._detokenizer = Detokenizer(engine, prompt) if local else None
+        self._with_end = with_end
         self._held: deque[Token] = deque()
         self._shown = ""
 
@@ -48,7 +49,12 @@ class TokenReader:
                 token = self._held.popleft()
                 self._shown = self._shown[len(token.piece) :]
                 given.append(token)
-        return given + self._rest() if chunk.finish_reason is not None else given
+        if chunk.finish_reason is None:
+            return given
+        given += self._rest()
+        if self._with_end and chunk.stop is None:
+            given += [Token(token.entry, "") for token in self._held]
+        return given
 
     def _piece(self, entry: TokenLogprob) -> str:
         if self._detokenizer is None or entry.token_id < 0:

@@ -33,6 +33,11 @@ class Target:
     weights: Path
     adapter: Path
 
+    @property
+    def names(self) -> dict[str, str]:
+        """The model ids of both."""
+        return {"base": self.model, "adapter": ADAPTER}
+
 
 @pytest.fixture(scope="session")
 def adapter(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
