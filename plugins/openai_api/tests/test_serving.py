@@ -170,6 +170,7 @@ def test_the_program_asks_for_the_key_in_its_file(program, tmp_path):
     assert listed.status_code == 200
 
 
+@pytest.mark.slow
 def test_a_question_on_the_command_line_is_answered_by_the_running_server(program, smollm2, e5, tmp_path) -> None:
     process, _ = program("--dtype", "float32")
     end = time.monotonic() + 30
@@ -183,7 +184,7 @@ def test_a_question_on_the_command_line_is_answered_by_the_running_server(progra
     command += ["--question", "Who keeps the key of the archive?"]
 
     def ask() -> tuple[dict, str]:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, timeout=120)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout), done.stderr
 
