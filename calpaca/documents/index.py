@@ -22,13 +22,15 @@ from calpaca.core.events import Event, Notice, Progress
 from calpaca.core.jobs import Job, step_key
 from calpaca.core.paths import cache_dir
 from calpaca.core.registry import Component, Registry
+from calpaca.documents.hybrid import HybridRetriever
 from calpaca.documents.loaders import FoundFiles, find_files, load_file
 from calpaca.documents.manifest import Manifest
 from calpaca.documents.splitter import CHUNK_OVERLAP, CHUNK_SIZE, SentenceSplitter
 from calpaca.documents.vectors import PreparedEmbeddings
 
-FORMAT = 1
-"""Part of an index's key. Raised when loaders or splitter change what they make of the same file."""
+FORMAT = 2
+"""Part of an index's key. Raised when loaders or splitter change what they make of the same file, or the manifest its
+tables."""
 
 _GROUP = 1024
 """Chunks that are embedded before the store gets them: what is in memory, and how often the index grows."""
@@ -125,6 +127,11 @@ class DocumentIndex:
             ) from error
         return Manifest(self.folder / "manifest.sqlite")
 
+    @property
+    def hybrid(self) -> HybridRetriever:
+        """Search by meaning and by words together."""
+        return HybridRetriever(store=self.store, keywords=self.manifest.search)
+
     def __len__(self) -> int:
         """Chunks in the index."""
         return len(self.manifest)
@@ -209,7 +216,7 @@ class DocumentIndex:
             self._embeddings.prepared = {}
         stale = self.manifest.chunk_ids(changes.gone)
         self._delete(stale)
-        self.manifest.finish({}, stale, changes.gone)
+        self.manifest.finish({}, {}, stale, changes.gone)
 
     def _embed(
         self, job: Job, chunks: Sequence[Document], total: int
@@ -238,7 +245,8 @@ class DocumentIndex:
         if chunks:
             self.store.add_documents(list(chunks.values()), ids=list(chunks))
         self._delete(stale)
-        self.manifest.finish({file.path: file.digest for file in group}, stale)
+        texts = {name: chunk.page_content for name, chunk in chunks.items()}
+        self.manifest.finish({file.path: file.digest for file in group}, texts, stale)
 
     def _delete(self, names: set[str]) -> None:
         if names:

@@ -12,6 +12,7 @@ from langchain_core.vectorstores import VectorStore
 
 from calpaca.core.errors import UsageError
 from calpaca.core.events import Source
+from calpaca.documents.hybrid import HybridRetriever
 
 _PLACE = {"start", "end", "start_line", "end_line", "index"}
 """What SentenceSplitter says about where a chunk lies."""
@@ -45,8 +46,10 @@ def retrieve(
     With `merge`, chunks of one document that touch or overlap become one passage with the best score among them;
     without, each chunk stays a passage, less what an earlier one holds already.
     """
-    if isinstance(origin, BaseRetriever):
-        scored: list[tuple[Document, float | None]] = [(found, None) for found in origin.invoke(question)[: search.k]]
+    if isinstance(origin, HybridRetriever):
+        scored: list[tuple[Document, float | None]] = [*origin.ranked(question, search.k)]
+    elif isinstance(origin, BaseRetriever):
+        scored = [(found, None) for found in origin.invoke(question)[: search.k]]
     elif search.kind == "mmr":
         scored = _diverse(origin, question, search)
     else:

@@ -31,7 +31,7 @@ def build(options: RetrievalQAOptions, runtime: Runtime) -> RetrievalQA:
     llm = ChatCalpaca.from_model(model, sampling)
     return RetrievalQA(
         llm,
-        index.store,
+        index.hybrid if options.search == "hybrid" else index.store,
         strategy=options.strategy,
         search=search,
         prompt_file=options.prompt_file,

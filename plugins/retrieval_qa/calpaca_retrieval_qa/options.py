@@ -62,8 +62,10 @@ class RetrievalQAOptions(IndexOptions, ModelOptions, SamplingOptions):
         "stuff", description="stuff: one prompt with all passages; refine: an answer improved passage by passage."
     )
     k: int = Field(4, description="Chunks that are looked up.")
-    search: Literal["similarity", "mmr"] = Field(
-        "similarity", description="similarity, or mmr (maximal marginal relevance) for passages that differ."
+    search: Literal["similarity", "hybrid", "mmr"] = Field(
+        "similarity",
+        description="similarity of meaning; hybrid: of words too (BM25); mmr (maximal marginal relevance): passages "
+        "that differ.",
     )
     fetch_k: int = Field(20, description="Chunks that mmr chooses from.")
     mmr_lambda: float = Field(0.5, description="mmr: 1 is plain similarity, 0 the most different passages.")
@@ -71,4 +73,5 @@ class RetrievalQAOptions(IndexOptions, ModelOptions, SamplingOptions):
 
     def chosen_search(self) -> Search:
         """Raises UsageError for a number out of range."""
-        return Search(self.k, self.search, self.fetch_k, self.mmr_lambda)
+        kind: Literal["similarity", "mmr"] = "mmr" if self.search == "mmr" else "similarity"
+        return Search(self.k, kind, self.fetch_k, self.mmr_lambda)
