@@ -154,12 +154,12 @@ def test_a_merge_that_is_killed_goes_on_and_ends_with_the_same_bytes(
     for _ in range(4):
         process = subprocess.Popen([*command, str(tmp_path / "killed")])
         wait_for(tmp_path / ".killed.partial" / "run", process)
-        time.sleep(chance.uniform(0, 0.8) * seconds)
+        time.sleep(chance.uniform(0, 0.5) * seconds)
         process.send_signal(signal.SIGKILL)
-        if process.wait() == 0:
+        process.wait()
+        if (tmp_path / "killed").exists():  # it was done, perhaps at the very moment of the kill: looked at below
             break
         kept.append(len(list(tmp_path.glob(".killed.partial/*.safetensors"))))
-        assert not (tmp_path / "killed").exists()
     print(f"files there after each kill: {kept}")
     assert kept
     assert kept == sorted(kept)

@@ -34,8 +34,8 @@ from calpaca.testing import FakeEmbedder, FakeEngine
 class OpenAIServer:
     """Serves `engine` as `smollm2`. `kind` `calpaca` knows what vLLM adds to OpenAI's API, `openai` nothing of it.
 
-    `script` holds what to do with the next requests for answers instead of asking the engine; `unlisted` is what to do
-    with those for the list of models. `asked` records path, headers and body.
+    `script` holds what to do with the next requests for answers instead of asking the engine, `questions` the same for
+    those about tokens; `unlisted` is what to do with those for the list of models. `asked` records path, headers and body.
     """
 
     engine: Engine
@@ -43,6 +43,7 @@ class OpenAIServer:
     models: tuple[str, ...] = ("smollm2",)
     url: str = ""
     script: list[Callable[[Handler], None]] = field(default_factory=list)
+    questions: list[Callable[[Handler], None]] = field(default_factory=list)
     unlisted: Callable[[Handler], None] | None = None
     asked: list[tuple[str, dict[str, str], dict[str, Any]]] = field(default_factory=list)
     running: int = 0
@@ -85,6 +86,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(body)
             elif self.path == "/v1/embeddings":
                 self.embed(body)
+            elif served.questions:
+                served.questions.pop(0)(self)
             elif served.kind == "calpaca":
                 self.tokenize(body)
             else:

@@ -92,6 +92,16 @@ def test_a_connection_that_drops_before_the_answer_is_tried_again(server, connec
     assert connect(server).submit(ASK).result(10).text == ANSWER
 
 
+def test_a_question_that_meets_a_closing_connection_is_asked_once_more(server, connect) -> None:
+    engine = connect(server)
+    ids = engine.encode("A llama")
+    server.questions.append(lambda handler: handler.drop())
+    assert engine.encode("A llama") == ids
+    server.questions += [lambda handler: handler.drop()] * 2
+    with pytest.raises(ModelError, match="does not count tokens now"):
+        engine.encode("A llama")
+
+
 def test_an_error_of_the_server_is_not_tried_again(server, connect) -> None:
     server.script.append(answering(500, "CUDA out of memory"))
     with pytest.raises(ModelError, match="failed with 500: CUDA out of memory"):

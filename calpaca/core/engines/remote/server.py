@@ -42,17 +42,24 @@ class Server:
 
 async def ask(client: httpx.AsyncClient, url: str, asked: Asked, body: Mapping[str, Any] | None = None) -> Any:
     """A small JSON answer. Raises PassingError when the server cannot be reached or is not ready, else CalpacaError."""
-    method = "GET" if body is None else "POST"
     try:
-        async with client.stream(method, url, json=body, timeout=_PATIENCE) as response:
-            content = await read_bounded(response)
-            if response.status_code != httpx.codes.OK:
-                raise refusal(response.status_code, response.headers, content, asked)
-            return httpx.Response(200, content=content).json()
+        try:
+            content = await _fetch(client, url, asked, body)
+        except (httpx.RemoteProtocolError, httpx.ReadError):  # it closed a kept connection; asking again is harmless
+            content = await _fetch(client, url, asked, body)
+        return httpx.Response(200, content=content).json()
     except (httpx.TransportError, httpx.DecodingError) as error:
         raise PassingError(reason(error)) from error
     except ValueError as error:
         raise ModelError(f"{asked.where} answers, but not with JSON.", "Does its address end with /v1?") from error
+
+
+async def _fetch(client: httpx.AsyncClient, url: str, asked: Asked, body: Mapping[str, Any] | None) -> bytes:
+    async with client.stream("GET" if body is None else "POST", url, json=body, timeout=_PATIENCE) as response:
+        content = await read_bounded(response)
+        if response.status_code != httpx.codes.OK:
+            raise refusal(response.status_code, response.headers, content, asked)
+        return content
 
 
 async def describe(client: httpx.AsyncClient, address: Address, kind: str, secret: str | None) -> Server:
