@@ -66,13 +66,16 @@ class Model:
         """The model as a running server of this user has it loaded; None where none has, or does not answer."""
         from calpaca.core.attaching import find_running
 
-        with suppress(ModelError):
+        try:
             found = find_running(files)
-            if found is not None:
-                engine: Engine = runtime.engines.get(found.engine).load()(found, runtime)
-                log.info("Asking the running server at %s.", found.model)
-                return cls(files.name, files.spec, engine, engine.template, files)
-        return None
+            if found is None:
+                return None
+            engine: Engine = runtime.engines.get(found.engine).load()(found, runtime)
+        except ModelError as error:
+            log.warning("No running server is asked, the model is loaded here. %s", error.message)
+            return None
+        log.info("Asking the running server at %s.", found.model)
+        return cls(files.name, files.spec, engine, engine.template, files)
 
     def adapted(self, files: AdapterFiles) -> Model:
         """This model with an adapter that its engine has loaded under the name in `files`."""

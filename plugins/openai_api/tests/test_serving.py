@@ -18,10 +18,13 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from calpaca.core.attaching import announced, offer
 from calpaca.core.engine import Sampling
 from calpaca.core.errors import UsageError
+from calpaca.core.files import find_files
 from calpaca.core.paths import data_dir
 from calpaca.core.settings import Settings
+from calpaca.core.spec import ModelSpec
 from calpaca.plugins.wiring import build_runtime
 from calpaca_openai_api.process import open_socket
 from calpaca_openai_api.settings import digest, read_serve_options
@@ -168,6 +171,17 @@ def test_the_program_asks_for_the_key_in_its_file(program, tmp_path):
     assert httpx2.get(f"{url}/models").status_code == 401
     listed = httpx2.get(f"{url}/models", headers={"Authorization": "Bearer sesame"})
     assert listed.status_code == 200
+
+
+def test_a_server_that_does_not_answer_is_named_and_the_model_is_loaded_here(smollm2, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("calpaca.core.engines.remote.server._PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent, build_runtime(Settings(device="cpu")) as runtime:
+        files = find_files(runtime.check(ModelSpec(model=str(smollm2))), runtime)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        with announced(url, None, [offer("llama", files.fingerprint, files.spec)]):
+            runtime.attaches = True
+            assert runtime.model(str(smollm2)).engine.name == "transformers"
+    assert url in caplog.text
 
 
 @pytest.mark.slow
