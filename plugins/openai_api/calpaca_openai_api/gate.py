@@ -115,7 +115,7 @@ class Gate:
 
     def _note(self, record: Record) -> None:
         access.info("%s", json.dumps(record.line()))
-        path = record.path if record.status not in (404, 405) else "other"
+        path = _label(record)
         self.metrics.requests.labels(path, record.model, record.key_name, record.status).inc()
         self.metrics.duration.labels(path).observe(record.line()["seconds"])
         if record.first is not None:
@@ -126,6 +126,13 @@ class Gate:
             if record.speed is not None:
                 self.metrics.speed.labels(record.model).observe(record.speed)
             self.metrics.completion_tokens.labels(record.model, record.key_name).inc(record.usage.completion_tokens)
+
+
+def _label(record: Record) -> str:
+    """The path in metrics, which must stay few."""
+    if record.status in (404, 405):
+        return "other"
+    return "/v1/responses/{id}" if record.path.startswith("/v1/responses/") else record.path
 
 
 def _host(header: str) -> str:

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -19,6 +19,7 @@ from calpaca import __version__
 from calpaca.core.engine import Usage
 from calpaca.core.errors import CalpacaError
 from calpaca.core.model import Model
+from calpaca.core.paths import data_dir
 from calpaca_openai_api import admin
 from calpaca_openai_api.admission import Admission
 from calpaca_openai_api.answering import admitted, respond, while_connected
@@ -27,11 +28,16 @@ from calpaca_openai_api.bodies import ChatBody, CompletionBody, DetokenizeBody, 
 from calpaca_openai_api.chat import ChatForm, plan_chat
 from calpaca_openai_api.completions import CompletionForm, plan_completion
 from calpaca_openai_api.embeddings import embed, embedding_response
-from calpaca_openai_api.faults import UNSUPPORTED, ApiError, as_api_error, busy
+from calpaca_openai_api.faults import UNSUPPORTED, ApiError, as_api_error, busy, unsupported
 from calpaca_openai_api.gate import Gate
 from calpaca_openai_api.keys import Keys, refuse_model
 from calpaca_openai_api.metrics import Metrics
 from calpaca_openai_api.record import Record
+from calpaca_openai_api.response_body import ResponseBody, refuse_response_fields
+from calpaca_openai_api.response_chat import as_chat, renamed
+from calpaca_openai_api.response_form import ResponseForm
+from calpaca_openai_api.response_items import Item, read_items
+from calpaca_openai_api.responses import Recording, Responses, item_page, owner_of
 from calpaca_openai_api.sampling import Defaults
 from calpaca_openai_api.served import Served, ServedApp, ServedModel, ServedModels
 from calpaca_openai_api.settings import KeySettings, ServeOptions, is_loopback
@@ -55,6 +61,7 @@ class Api:
     admission: Admission
     metrics: Metrics
     options: ServeOptions
+    responses: Responses
 
     @property
     def defaults(self) -> Defaults:
@@ -88,17 +95,18 @@ class Api:
         if self.options.strict and body.is_legacy:
             raise ApiError(400, "A message has no 'content'; 'message' is its old name.", param="messages")
         headers = LEGACY_HEADERS if body.is_legacy else {}
-        fingerprint = None
-        if isinstance(served, ServedApp):
-            plan: Any = await asyncio.to_thread(plan_app, body, served.runs)
-        else:
-            if body.options is not None:
-                raise ApiError(400, "'options' are for apps; this is a language model.", param="options")
-            plan = await self._planned(plan_chat, body, self._language_model(served))
-            fingerprint = self._language_model(served).fingerprint
+        plan = await self._plan_chat(body, served)
+        fingerprint = None if isinstance(served, ServedApp) else self._language_model(served).fingerprint
         form = ChatForm(body, Envelope("chatcmpl", served.id, fingerprint))
         pieces = admitted(self.admission, _record(request), plan.pieces)
         return await respond(request, pieces, form, streamed=bool(body.stream), headers=headers)
+
+    async def _plan_chat(self, body: ChatBody, served: Served) -> Any:
+        if isinstance(served, ServedApp):
+            return await asyncio.to_thread(plan_app, body, served.runs)
+        if body.options is not None:
+            raise ApiError(400, "'options' are for apps; this is a language model.", param="options")
+        return await self._planned(plan_chat, body, self._language_model(served))
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         served = self._language_model(self._find(body.model, request))
@@ -121,6 +129,48 @@ class Api:
                     return await asyncio.to_thread(plan, body, twin, self.defaults)
             raise
 
+    # Responses -----------------------------------------------------------------------------------------------------
+    async def create_response(self, body: ResponseBody, request: Request) -> Response:
+        served, record = self._find(body.model, request), _record(request)
+        refuse_response_fields(body)
+        items = read_items(body.input)
+        plan = await self._plan_response(body, items, served, owner_of(record))
+        sampling = None if isinstance(served, ServedApp) else plan.sampling
+        form = ResponseForm(body, served.id, sampling)
+        recording = Recording(form, self.responses, record, items, body.is_kept)
+        pieces = recording.pieces(admitted(self.admission, record, plan.pieces))
+        return await respond(request, pieces, form, streamed=bool(body.stream))
+
+    async def _plan_response(self, body: ResponseBody, items: list[Item], served: Served, owner: str) -> Any:
+        before: list[Item] = []
+        if body.previous_response_id is not None:
+            before = await asyncio.to_thread(self.responses.turns_before, owner, body.previous_response_id)
+        try:
+            return await self._plan_chat(as_chat(body, [*before, *items]), served)
+        except ApiError as error:
+            raise renamed(error) from error
+
+    async def show_response(self, id: str, request: Request, stream: bool = False) -> Response:
+        if stream:
+            raise unsupported("stream", "a response that is kept is given whole.")
+        stored = await asyncio.to_thread(self.responses.find, owner_of(_record(request)), id)
+        return Json(stored.response)
+
+    async def delete_response(self, id: str, request: Request) -> Response:
+        return Json(await asyncio.to_thread(self.responses.delete, owner_of(_record(request)), id))
+
+    async def list_input_items(
+        self,
+        id: str,
+        request: Request,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> Response:
+        stored = await asyncio.to_thread(self.responses.find, owner_of(_record(request)), id)
+        return Json(item_page(stored.input, after, limit, order))
+
+    # Other endpoints -----------------------------------------------------------------------------------------------
     async def embed(self, body: EmbeddingBody, request: Request) -> Response:
         self._need_model(body.model)
         served = self.models.embedding_model(body.model)
@@ -182,7 +232,8 @@ def _note_model(request: Request, served: Served) -> Record:
 def build_app(models: ServedModels, options: ServeOptions, keys: Mapping[str, KeySettings]) -> tuple[ASGIApp, Api]:
     """The whole server as an ASGI app, and its endpoints."""
     admission = Admission(options.max_running, options.max_waiting, options.timeout)
-    api = Api(models, admission, Metrics(admission), options)
+    responses = Responses(options.responses or data_dir() / "responses.sqlite")
+    api = Api(models, admission, Metrics(admission), options, responses)
     app = FastAPI(title="calpaca", version=__version__, redoc_url=None)
     administered = any("admin" in key.scopes for key in keys.values())
     for method, path, endpoint in (*_routes(api), *(_admin_routes(api) if administered else ())):
@@ -216,6 +267,10 @@ def _routes(api: Api) -> list[tuple[str, str, Any]]:
         ("GET", "/v1/models/{id:path}", api.show_model),
         ("POST", "/v1/chat/completions", api.chat),
         ("POST", "/v1/completions", api.complete),
+        ("POST", "/v1/responses", api.create_response),
+        ("GET", "/v1/responses/{id}", api.show_response),
+        ("DELETE", "/v1/responses/{id}", api.delete_response),
+        ("GET", "/v1/responses/{id}/input_items", api.list_input_items),
         ("POST", "/v1/embeddings", api.embed),
         ("POST", "/tokenize", api.tokenize),
         ("POST", "/detokenize", api.detokenize),
@@ -253,7 +308,7 @@ def _invalid(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "The request is no valid JSON.")
-    location = [str(part) for part in first["loc"] if part != "body"]
+    location = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     field = location[0] if location else None
     if first["type"] == "extra_forbidden":
         return ApiError(

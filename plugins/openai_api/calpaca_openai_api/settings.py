@@ -41,6 +41,9 @@ class ServeOptions(ModelOptions, SamplingOptions):
     )
     tls_cert: Path | None = Field(None, description="Certificate, with its chain, to serve HTTPS with.")
     tls_key: Path | None = Field(None, description="Private key of the certificate.")
+    responses: Path | None = Field(
+        None, description="File that keeps responses; left out: responses.sqlite in the data folder."
+    )
     drain: float = Field(60.0, ge=0, description="Seconds that running requests get to end in after SIGTERM.")
 
     def spec(self) -> ModelSpec:

@@ -57,8 +57,9 @@ class Json(Response):
 
 
 def event(data: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + _encoded(data) + b"\n\n"
+    """One server-sent event; data with a type of its own goes under that name too."""
+    name = f"event: {data['type']}\n".encode() if "type" in data else b""
+    return name + b"data: " + _encoded(data) + b"\n\n"
 
 
 def _encoded(data: Any) -> bytes:
