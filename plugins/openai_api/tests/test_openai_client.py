@@ -147,6 +147,15 @@ def test_completions_take_texts_and_token_ids_alone_and_beside_others(client, ru
     assert all(3 <= len(top) <= 4 for top in found.top_logprobs)
 
 
+def test_the_token_that_ends_a_completion_is_listed(client):
+    """lm-eval takes it for granted that one token is generated, whatever the model writes."""
+    ends = {"logit_bias": {"2": 100}, "max_tokens": 1, "temperature": 0}
+    (choice,) = client.completions.create(model=MODEL, prompt="Llamas live here.", logprobs=1, **ends).choices
+    assert (choice.text, choice.finish_reason) == ("", "stop")
+    assert choice.logprobs.tokens == [""]  # it stands for no text
+    assert choice.logprobs.text_offset == [0]
+
+
 def test_a_token_id_outside_the_vocabulary_is_refused(client):
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model=MODEL, prompt=[1, 999_999_999])
