@@ -31,15 +31,22 @@ class Events(BaseStreamer):  # type: ignore[misc]
         self._prompt = False
 
     def end(self) -> None:
-        self._handler.wfile.write(b"data: [DONE]\n\n")
+        self._write("[DONE]")
+        self._handler.wfile.write(b"0\r\n\r\n")
 
     def send(self, delta: dict[str, str]) -> None:
-        self._handler.wfile.write(f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta}]})}\n\n".encode())
+        self._write(json.dumps({"choices": [{"index": 0, "delta": delta}]}))
+
+    def _write(self, data: str) -> None:
+        """An event as a chunk of its own, so that clients see it when it is sent."""
+        event = f"data: {data}\n\n".encode()
+        self._handler.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
 
 
 class Serial(BaseHTTPRequestHandler):
     """Answers chat completions, greedily and of the length asked for."""
 
+    protocol_version = "HTTP/1.1"
     model: Any
     tokenizer: Any
 
@@ -50,6 +57,8 @@ class Serial(BaseHTTPRequestHandler):
         )
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.send_header("Connection", "close")  # else one client that stays keeps all others waiting
         self.end_headers()
         length, streamer = fields["max_tokens"], Events(self, self.tokenizer)
         try:

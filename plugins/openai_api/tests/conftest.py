@@ -134,7 +134,10 @@ def running(smollm2: Path, e5: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("served")
     handbook = folder / "handbook.md"
     handbook.write_text("# Keys\n\nThe key of the archive is kept by Mrs Abendroth on the second floor.\n")
-    options = ServeOptions(model=MODEL, dtype="float32", engine="transformers", port=0, temperature=0.0)
+    options = ServeOptions(
+        model=MODEL, dtype="float32", engine="transformers", port=0, temperature=0.0,
+        responses=folder / "responses.sqlite",
+    )  # fmt: skip
     with serve(
         options,
         models={"half": ModelSpec(model=MODEL, dtype="bfloat16")},

@@ -368,3 +368,40 @@ def test_calpacas_remote_engine_gets_the_same_answers_as_the_local_one(running):
     assert remote.engine.encode("Hello there") == local.engine.encode("Hello there")
     grammar = Grammar("regex", "(yes|no)")
     assert remote.chat(messages, sampling, grammar=grammar).result(60).text in ("yes", "no")
+
+
+def test_a_response_is_continued_streamed_kept_and_deleted(client):
+    asked = {"model": MODEL, "temperature": 0, "max_output_tokens": 24}
+    first = client.responses.create(input="What is the capital of France?", **asked)
+    assert (first.status, first.output_text) == ("completed", "The capital of France is Paris.")
+    with client.responses.stream(input="What is the capital of France?", **asked) as stream:
+        kinds = [event.type for event in stream]
+        assert stream.get_final_response().output_text == first.output_text
+    assert (kinds[0], kinds[-1]) == ("response.created", "response.completed")
+    second = client.responses.create(input="And of Spain?", previous_response_id=first.id, **asked)
+    assert "Madrid" in second.output_text
+    assert second.usage.input_tokens > first.usage.input_tokens
+    assert client.responses.retrieve(first.id).output_text == first.output_text
+    assert [item.content[0].text for item in client.responses.input_items.list(second.id)] == ["And of Spain?"]
+    client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(first.id)
+    with pytest.raises(openai.BadRequestError, match="not found"):
+        client.responses.create(input="And of Italy?", previous_response_id=first.id, **asked)
+
+
+def test_a_response_is_parsed_and_calls_a_function(client):
+    class Capital(BaseModel):
+        city: str
+
+    asked = {"model": MODEL, "temperature": 0, "max_output_tokens": 60}
+    parsed = client.responses.parse(input="The capital of France, as JSON.", text_format=Capital, **asked)
+    assert parsed.output_parsed == Capital(city="Paris")
+    schema = {
+        "type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"],
+        "additionalProperties": False,
+    }  # fmt: skip
+    tool = {"type": "function", "name": "weather", "parameters": schema, "strict": True}
+    called = client.responses.create(input="Weather in Paris?", tools=[tool], tool_choice="required", **asked)
+    (call,) = called.output
+    assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "weather", {"city": "Paris"})
