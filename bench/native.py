@@ -53,7 +53,7 @@ def with_openvino(arguments: dict[str, Any]) -> Measure:
 
     def measure(asked: list[tuple[int, ...]], new_tokens: int) -> float:
         begin = time.perf_counter()
-        config = runner._generation(Job(asked[0], new_tokens, 0.0, 1.0, 0, 1.0, None, None))
+        config = runner._generation(Job(asked[0], new_tokens, Sampling(), None))
         handles = [
             runner._pipeline.add_request(number, openvino.Tensor(np.array([prompt])), config)
             for number, prompt in enumerate(asked)
@@ -75,7 +75,7 @@ def with_llama_cpp(arguments: dict[str, Any]) -> Measure:
         usages: list[int] = []
 
         def complete(prompt: tuple[int, ...]) -> None:
-            body = _body(Job(prompt, new_tokens, 0.0, 1.0, 0, 1.0, None, None), 4096)
+            body = _body(Job(prompt, new_tokens, Sampling(), None), 4096)
             body |= {"return_progress": False, "timings_per_token": False}
             last: list[Any] = []
             runner._server.handle_completions(body, lambda chunk: bool(last.append(chunk)))
