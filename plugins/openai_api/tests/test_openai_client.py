@@ -271,6 +271,7 @@ async def test_giving_up_on_a_whole_answer_frees_its_slot(aclient, running, unti
 
 async def test_giving_up_on_an_app_stops_its_work(aclient, running, until):
     question = [{"role": "user", "content": "Who keeps the key of the archive?"}]
+    await aclient.chat.completions.create(model="app:handbook", messages=question)  # the first one loads and indexes
     task = asyncio.create_task(aclient.chat.completions.create(model="app:handbook", messages=question))
     assert await until(lambda: running.api.admission.running == 1)
     task.cancel()
