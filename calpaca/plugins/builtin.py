@@ -56,6 +56,14 @@ def register_sources() -> list[Component]:
     ]
 
 
+_CODE = (
+    *(".c", ".cc", ".cpp", ".cs", ".css", ".cu", ".cxx", ".go", ".h", ".hpp", ".java", ".jl", ".js"),
+    *(".jsx", ".kt", ".lua", ".m", ".php", ".pl", ".py", ".pyi", ".r", ".rb", ".rs", ".scala", ".sh"),
+    *(".sql", ".swift", ".tex", ".ts", ".tsx", ".vue", ".xml"),
+    *(".cfg", ".conf", ".ini", ".toml", ".yaml", ".yml"),
+)
+
+
 @hookimpl
 def register_loaders() -> list[Component]:
     return [
@@ -69,12 +77,7 @@ def register_loaders() -> list[Component]:
         ),
         LoaderComponent(
             "code", "Source code and settings.", "calpaca.documents.formats.text:CodeLoader",
-            suffixes=(
-                *(".c", ".cc", ".cpp", ".cs", ".css", ".cu", ".cxx", ".go", ".h", ".hpp", ".java", ".jl", ".js"),
-                *(".jsx", ".kt", ".lua", ".m", ".php", ".pl", ".py", ".pyi", ".r", ".rb", ".rs", ".scala", ".sh"),
-                *(".sql", ".swift", ".tex", ".ts", ".tsx", ".vue", ".xml"),
-                *(".cfg", ".conf", ".ini", ".toml", ".yaml", ".yml"),
-            ),
+            suffixes=_CODE,
         ),
         LoaderComponent(
             "html", "Web pages, with their headings and tables.", "calpaca.documents.formats.html:HtmlLoader",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
@@ -18,6 +19,16 @@ _COMPOUND_FILE = bytes.fromhex("d0cf11e0a1b11ae1")
 ([MS-CFB], [MS-OFFCRYPTO])."""
 
 _ENCRYPTED = 0x1
+
+
+def describe_archive(path: str, form: str) -> dict[str, str]:
+    """Check an archive; the metadata that all documents in it share: `source`, `sha256` of the file, and `format`.
+
+    Raises as `check_archive`.
+    """
+    check_archive(path)
+    with Path(path).open("rb") as file:
+        return {"source": path, "sha256": hashlib.file_digest(file, "sha256").hexdigest(), "format": form}
 
 
 def check_archive(path: str) -> None:

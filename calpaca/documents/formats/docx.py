@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import docx
 from docx.blkcntnr import BlockItemContainer
@@ -15,7 +13,7 @@ from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
 
 from calpaca.documents.formats import markdown
-from calpaca.documents.formats.archive import check_archive
+from calpaca.documents.formats.archive import describe_archive
 
 _HEADING = re.compile(r"Heading ([1-9])$")
 
@@ -31,14 +29,11 @@ class DocxLoader(BaseLoader):
 
     def lazy_load(self) -> Iterator[Document]:
         """Raises OSError, and DocumentError when the file is damaged, locked by a password, or too large."""
-        check_archive(self.path)
-        with Path(self.path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        whole = describe_archive(self.path, "markdown")
         document = docx.Document(self.path)
         title = document.core_properties.title.strip()
         named = {"title": title} if title else {}
-        metadata = {"source": self.path, "sha256": digest, "format": "markdown", **named}
-        yield Document(markdown.join(_parts(document)), metadata=metadata)
+        yield Document(markdown.join(_parts(document)), metadata={**whole, **named})
 
 
 def _parts(document: docx.document.Document) -> Iterator[str]:

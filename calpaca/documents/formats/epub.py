@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import posixpath
 from collections.abc import Iterator
-from pathlib import Path
 from urllib.parse import unquote
 from xml.etree import ElementTree
 from zipfile import BadZipFile, ZipFile
@@ -14,7 +12,7 @@ from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
 
 from calpaca.core.errors import DocumentError
-from calpaca.documents.formats.archive import check_archive
+from calpaca.documents.formats.archive import describe_archive
 from calpaca.documents.formats.html import page_text, read_page
 
 _CONTAINER = "META-INF/container.xml"
@@ -34,12 +32,10 @@ class EpubLoader(BaseLoader):
 
     def lazy_load(self) -> Iterator[Document]:
         """Raises OSError, and DocumentError when the book is damaged, protected against copying, or too large."""
-        check_archive(self.path)
-        with Path(self.path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        whole = describe_archive(self.path, "markdown")
         try:
             with ZipFile(self.path) as archive:
-                yield from self._chapters(archive, {"source": self.path, "sha256": digest, "format": "markdown"})
+                yield from self._chapters(archive, whole)
         except (BadZipFile, KeyError, ElementTree.ParseError) as error:
             raise DocumentError(
                 f"{self.path} is no EPUB book, or it is damaged: {error}.", "Check the file with an e-book reader."

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import pptx
 from langchain_core.document_loaders import BaseLoader
@@ -14,7 +12,7 @@ from pptx.shapes.group import GroupShape
 from pptx.slide import Slide
 
 from calpaca.documents.formats import markdown
-from calpaca.documents.formats.archive import check_archive
+from calpaca.documents.formats.archive import describe_archive
 
 
 class PptxLoader(BaseLoader):
@@ -29,15 +27,12 @@ class PptxLoader(BaseLoader):
 
     def lazy_load(self) -> Iterator[Document]:
         """Raises OSError, and DocumentError when the file is damaged, locked by a password, or too large."""
-        check_archive(self.path)
-        with Path(self.path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        whole = describe_archive(self.path, "markdown")
         slides = pptx.Presentation(self.path).slides
-        whole = {"source": self.path, "sha256": digest, "pages": len(slides), "format": "markdown"}
         for page, slide in enumerate(slides, 1):
             text = markdown.join(_parts(slide))
             scanned = {} if text else {"scanned": True}
-            yield Document(text, metadata={**whole, "page": page, **scanned})
+            yield Document(text, metadata={**whole, "page": page, "pages": len(slides), **scanned})
 
 
 def _parts(slide: Slide) -> Iterator[str]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 
 import openpyxl
 from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
 
-from calpaca.documents.formats.archive import check_archive
+from calpaca.documents.formats.archive import describe_archive
 from calpaca.documents.formats.rows import named_rows
 
 
@@ -27,16 +25,13 @@ class XlsxLoader(BaseLoader):
 
     def lazy_load(self) -> Iterator[Document]:
         """Raises OSError, and DocumentError when the file is damaged, locked by a password, or too large."""
-        check_archive(self.path)
-        with Path(self.path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        whole = describe_archive(self.path, "rows")
         with closing(openpyxl.load_workbook(self.path, read_only=True, data_only=True)) as workbook:
             sheets = workbook.worksheets
-            whole = {"source": self.path, "sha256": digest, "pages": len(sheets), "format": "rows"}
             for page, sheet in enumerate(sheets, 1):
                 rows = (
                     ["" if cell is None else str(cell) for cell in row] for row in sheet.iter_rows(values_only=True)
                 )
                 text = "\n".join(named_rows(rows)).rstrip()
                 if text:
-                    yield Document(text, metadata={**whole, "page": page, "heading": sheet.title})
+                    yield Document(text, metadata={**whole, "page": page, "pages": len(sheets), "heading": sheet.title})

@@ -64,16 +64,6 @@ class ResponseStore:
                 (self._most,),
             )
 
-    def update(self, owner: str, response: dict[str, Any]) -> bool:
-        """Change a response that has not ended. False where it has (a cancelled one stays so) or is gone."""
-        with self._connection() as connection:
-            changed = connection.execute(
-                "UPDATE responses SET response = ? WHERE id = ? AND owner = ?"
-                " AND json_extract(response, '$.status') IN ('queued', 'in_progress')",
-                (_text(response), response["id"], owner),
-            )
-        return changed.rowcount == 1
-
     def find(self, owner: str, id: str) -> Stored | None:
         with self._connection() as connection:
             row = connection.execute(

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from calpaca_openai_api.response_store import ResponseStore, Stored
 
 
@@ -32,14 +30,6 @@ def test_number_and_age_are_bounded(tmp_path: Path) -> None:
         store.add("", _stored(f"resp_{number}"))
     assert [store.find("", f"resp_{number}") is not None for number in range(4)] == [False, False, True, True]
     assert ResponseStore(tmp_path / "s", 2, 0).find("", "resp_3") is None
-
-
-@pytest.mark.parametrize("status", ["cancelled", "completed", "failed", "incomplete"])
-def test_a_response_that_has_ended_stays_as_it_is(tmp_path: Path, status: str) -> None:
-    store = ResponseStore(tmp_path / "s", 2, 60)
-    store.add("", _stored("resp_1", "queued"))
-    assert store.update("", {"id": "resp_1", "status": status})
-    assert not store.update("", {"id": "resp_1", "status": "in_progress"})
 
 
 def test_several_processes_write_at_once(tmp_path: Path) -> None:
