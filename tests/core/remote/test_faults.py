@@ -7,8 +7,6 @@ import logging
 import socket
 import threading
 import time
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 
 import pytest
 
@@ -66,7 +64,7 @@ def test_a_busy_server_is_asked_again(server, connect, status: int) -> None:
     assert len(server.bodies()) == 3
 
 
-@pytest.mark.parametrize("wait", ["0.4", format_datetime(datetime.now(UTC) + timedelta(days=-1)), "soon"])
+@pytest.mark.parametrize("wait", ["0.4", "Sun, 06 Nov 1994 08:49:37 GMT", "soon"])
 def test_retry_after_is_honoured(server, connect, wait: str) -> None:
     server.script.append(answering(429, Retry_After=wait))
     started = time.monotonic()
