@@ -76,6 +76,25 @@ def test_steps_are_handed_to_the_work_in_batches(ledger) -> None:
     assert sizes == [4, 4, 2]
 
 
+def test_steps_that_finish_in_another_order_are_recorded_as_they_come(ledger) -> None:
+    finished: list[int] = []
+
+    def backwards(missing: list[int]):
+        for position in reversed(missing):
+            yield {position: str(position).encode()}
+            finished.append(position)
+
+    keys = [step_key("square", number=number) for number in (0, 1, 2, 1)]
+    with ledger.start("count", "Count", {}) as job:
+        given = job.steps_as_finished("square", keys, backwards)
+        assert next(given) == (2, b"2")
+        assert finished == []
+        given.close()
+    with ledger.start("count", "Count", {}) as job:
+        assert list(job.steps_as_finished("square", keys, backwards)) == [(2, b"2"), (1, b"1"), (3, b"1"), (0, b"0")]
+        assert (job.done, job.reused) == (4, 1)
+
+
 def test_any_number_of_keys_is_looked_up_at_once(ledger) -> None:
     many = keys(50_000)
     ledger.put_many("square", dict.fromkeys(many, b"x"))

@@ -199,6 +199,7 @@ class Handle:
         self._finished = False
         self._changed = threading.Condition()
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._callbacks: list[Callable[[Handle], object]] = []
         self._cancel = cancel
 
     # For the engine ------------------------------------------------------------------------------------------------
@@ -210,6 +211,7 @@ class Handle:
             self._chunks.append(chunk)
             self._finished = chunk.finish_reason is not None
             self._notify()
+        self._call_back()
 
     def fail(self, error: BaseException) -> None:
         """End the handle with an error, which every reader gets."""
@@ -218,6 +220,7 @@ class Handle:
                 return
             self._error, self._finished = error, True
             self._notify()
+        self._call_back()
 
     def _notify(self) -> None:
         self._changed.notify_all()
@@ -225,10 +228,25 @@ class Handle:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(event.set)
 
+    def _call_back(self) -> None:
+        if not self._finished:
+            return
+        with self._changed:
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback(self)
+
     # For the reader ------------------------------------------------------------------------------------------------
     @property
     def done(self) -> bool:
         return self._finished
+
+    def on_end(self, callback: Callable[[Handle], object]) -> None:
+        """Have `callback` called with this handle once it has ended: by the engine's thread, which it must not hold up,
+        or at once where it has ended already. For a program that waits for the next of many requests."""
+        with self._changed:
+            self._callbacks.append(callback)
+        self._call_back()
 
     def cancel(self) -> None:
         """Ask the engine to stop; the handle then ends with the finish reason `cancelled`. Idempotent."""

@@ -14,8 +14,8 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -224,6 +224,21 @@ class Job:
         `work` gets positions of steps that are missing, at most `batch_size` at a time, and returns their results,
         which are recorded before they are given out. Raises JobCancelled between two batches.
         """
+
+        def batches(missing: list[int]) -> Generator[Mapping[int, bytes]]:
+            for start in range(0, len(missing), batch_size):
+                yield work(missing[start : start + batch_size])
+
+        return self.steps_as_finished(kind, keys, batches)
+
+    def steps_as_finished(
+        self, kind: str, keys: Sequence[str], work: Callable[[list[int]], Generator[Mapping[int, bytes]]]
+    ) -> Iterator[tuple[int, bytes]]:
+        """As `steps`, for work that has many steps under way at once.
+
+        `work` gets the positions of all missing steps and gives results as they are finished, in any order; each
+        mapping is recorded as one. Raises JobCancelled before the next one is asked for.
+        """
         found = self.ledger.get_many(list(dict.fromkeys(keys)))
         self.reused += sum(key in found for key in keys)
         self.done += sum(key in found for key in keys)
@@ -232,16 +247,22 @@ class Job:
         for position, key in enumerate(keys):
             if key not in found:
                 missing.setdefault(key, []).append(position)
-        firsts = [positions[0] for positions in missing.values()]
-        for start in range(0, len(firsts), batch_size):
+        with closing(work([positions[0] for positions in missing.values()])) as finished:
+            for results in self._until_cancelled(finished):
+                self.ledger.put_many(kind, {keys[position]: value for position, value in results.items()})
+                self.done += sum(len(missing[keys[position]]) for position in results)
+                self._save("running")
+                for position, value in results.items():
+                    yield from ((same, value) for same in missing[keys[position]])
+
+    def _until_cancelled(self, finished: Iterator[Mapping[int, bytes]]) -> Iterator[Mapping[int, bytes]]:
+        while True:
             if self._cancelled.is_set():
                 raise JobCancelled("The job was cancelled.", f"Go on with: calpaca jobs resume {self.id}")
-            results = work(firsts[start : start + batch_size])
-            self.ledger.put_many(kind, {keys[position]: value for position, value in results.items()})
-            self.done += sum(len(missing[keys[position]]) for position in results)
-            self._save("running")
-            for position, value in results.items():
-                yield from ((same, value) for same in missing[keys[position]])
+            results = next(finished, None)
+            if results is None:
+                return
+            yield results
 
 
 def _record(row: sqlite3.Row) -> JobRecord:

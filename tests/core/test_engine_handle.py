@@ -170,6 +170,20 @@ async def test_cancelling_the_waiting_task_cancels_the_request():
     assert asked == [1]
 
 
+def test_a_callback_is_called_once_with_the_ended_handle_early_or_late():
+    ended: list[Handle] = []
+    handle, failed = Handle(), Handle()
+    handle.on_end(ended.append)
+    handle.put(Chunk("Hel", (1,)))
+    assert ended == []
+    handle.put(LAST)
+    handle.put(LAST)
+    handle.on_end(ended.append)
+    failed.on_end(ended.append)
+    failed.fail(ModelError("gone"))
+    assert ended == [handle, handle, failed]
+
+
 def test_a_closed_event_loop_does_not_disturb_the_engine():
     handle = Handle()
 

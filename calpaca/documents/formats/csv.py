@@ -11,8 +11,8 @@ from pathlib import Path
 from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
 
+from calpaca.core.encoding import decode
 from calpaca.core.errors import DocumentError
-from calpaca.documents.encoding import decode
 from calpaca.documents.formats.rows import named_rows
 
 _SAMPLE = 65536

@@ -11,7 +11,7 @@ from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
-from calpaca.documents.encoding import decode
+from calpaca.core.encoding import decode
 from calpaca.documents.formats import markdown
 
 _LEFT_OUT = [

@@ -9,7 +9,7 @@ from pathlib import Path
 from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
 
-from calpaca.documents.encoding import decode
+from calpaca.core.encoding import decode
 
 
 class TextLoader(BaseLoader):

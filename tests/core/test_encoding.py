@@ -1,7 +1,7 @@
 import pytest
 
+from calpaca.core.encoding import decode
 from calpaca.core.errors import DocumentError
-from calpaca.documents.encoding import decode
 
 SIMPLIFIED = "工坊周二至周日上午九点开门，下午六点关门。"
 
