@@ -110,17 +110,17 @@ def _pieces(told: Mapping[str, Any]) -> dict[str, bytes]:
     for (token, kind), score in zip(tokens, told["tokenizer.ggml.scores"], strict=True):
         text = token.replace(" ", "▁") if kind == USER_DEFINED else token
         proto.pieces.add(piece=text, score=score, type=kind)
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    trainer.model_type = _BPE
-    trainer.vocab_size = len(tokens)
-    trainer.byte_fallback = sum(kind == BYTE for _, kind in tokens) == _BYTES
+    trainer_spec, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer_spec.model_type = _BPE
+    trainer_spec.vocab_size = len(tokens)
+    trainer_spec.byte_fallback = sum(kind == BYTE for _, kind in tokens) == _BYTES
     for name, field in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         index = told.get(f"tokenizer.ggml.{name}_token_id")
-        setattr(trainer, f"{field}_id", -1 if index is None else index)
+        setattr(trainer_spec, f"{field}_id", -1 if index is None else index)
         if index is not None and field != "unk":
-            setattr(trainer, f"{field}_piece", tokens[index][0])
+            setattr(trainer_spec, f"{field}_piece", tokens[index][0])
     unknown = next((index for index, (_, kind) in enumerate(tokens) if kind == UNKNOWN), 0)
-    trainer.unk_id, trainer.unk_piece = unknown, tokens[unknown][0]
+    trainer_spec.unk_id, trainer_spec.unk_piece = unknown, tokens[unknown][0]
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = bool(told.get("tokenizer.ggml.add_space_prefix", True))
     normalizer.remove_extra_whitespaces = False

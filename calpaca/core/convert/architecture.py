@@ -56,7 +56,7 @@ class Architecture:
 
     @property
     def embedding_axis(self) -> Literal[0, 1]:
-        """The dimension along which parts divide the embeddings: Meta's trainer changed it with Llama 3."""
+        """The dimension along which parts divide the embeddings: Meta changed it with Llama 3."""
         return 0 if self.is_llama3 else 1
 
     def heads_of(self, rotary: str) -> int:

@@ -99,8 +99,8 @@ def _config(proto: Any, settings: Mapping[str, Any], decoder: Mapping[str, Any])
     A pad token is looked for among the pieces where the settings have none: Chinese-LLaMA-Alpaca's say null beside
     a vocabulary that has one.
     """
-    trainer, pieces = proto.trainer_spec, [piece.piece for piece in proto.pieces]
-    ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "unk_token": trainer.unk_id}
+    trainer_spec, pieces = proto.trainer_spec, [piece.piece for piece in proto.pieces]
+    ids = {"bos_token": trainer_spec.bos_id, "eos_token": trainer_spec.eos_id, "unk_token": trainer_spec.unk_id}
     special: dict[str, Any] = {name: pieces[index] for name, index in ids.items() if 0 <= index < len(pieces)}
     pad = next((pad for pad in _PAD_PIECES if pad in set(pieces)), None)
     special |= {"pad_token": pad} if pad else {}
@@ -116,16 +116,21 @@ def _slow(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fast(proto: Any, config: Mapping[str, Any], decoder: Mapping[str, dict[str, Any]]) -> str | None:
     """`tokenizer.json` with the merges of the pieces by score; None for a kind of model that it cannot express."""
-    normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
+    normalizer, trainer_spec = proto.normalizer_spec, proto.trainer_spec
     plain = not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces
-    if trainer.model_type != _BPE or not plain or not normalizer.add_dummy_prefix or not trainer.byte_fallback:
+    if (
+        trainer_spec.model_type != _BPE
+        or not plain
+        or not normalizer.add_dummy_prefix
+        or not trainer_spec.byte_fallback
+    ):
         return None
     from tokenizers import AddedToken, decoders, normalizers, processors
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers.models import BPE
 
     vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-    unknown = proto.pieces[trainer.unk_id].piece
+    unknown = proto.pieces[trainer_spec.unk_id].piece
     tokenizer = FastTokenizer(BPE(vocabulary, _merges(proto), unk_token=unknown, fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(

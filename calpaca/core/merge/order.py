@@ -1,6 +1,6 @@
 """Whether adapters belong on this base and stand in the right order, by what their manifests record.
 
-calpaca's trainer writes a manifest beside an adapter: the base it was trained on, and the adapters that were on it
+Training with calpaca writes a manifest beside an adapter: the base it was trained on, and the adapters that were on it
 then, its parents. An adapter without a manifest says nothing and is taken as it is.
 """
 

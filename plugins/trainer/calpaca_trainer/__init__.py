@@ -1,0 +1,5 @@
+"""Training: `calpaca train`."""
+
+from __future__ import annotations
+
+calpaca_api = ">=1,<2"

@@ -1,0 +1,1 @@
+"""The subcommands of `calpaca train`, one file each."""
