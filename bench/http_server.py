@@ -41,7 +41,7 @@ def serving(**fields: Any) -> Iterator[tuple[int, Any, Any]]:
         model = models.main.load()
         app, api = build_app(models, options, {})
         listener = open_socket(options.host, 0)
-        server = Server(app, api.admission, options)
+        server = Server(app, api, options)
         thread = threading.Thread(target=run, args=[server, listener])
         thread.start()
         yield listener.getsockname()[1], model, api.admission

@@ -28,11 +28,21 @@ class Admission:
     def waiting(self) -> int:
         return sum(map(len, self._queues.values()))
 
-    @asynccontextmanager
-    async def slot(self, key: str, concurrency: int | None = None, model: str = "") -> AsyncIterator[None]:
-        """Wait for a slot and hold it. Raises ApiError 429 for a key that has too many, 503 when the queue is full."""
+    def check(self, key: str, concurrency: int | None) -> None:
+        """Raise ApiError 429 for a key that has too many requests, 503 when the queue is full."""
         if concurrency is not None and self._by_key[key] >= concurrency:
             raise busy(f"This key may have {concurrency} requests at once.", status=429, code="rate_limit_exceeded")
+        if not self._is_free and self.waiting >= self.max_waiting:
+            raise busy(f"{self.waiting} requests are waiting already.", seconds=2)
+
+    @property
+    def _is_free(self) -> bool:
+        return self.running < self.max_running and not self._queues
+
+    @asynccontextmanager
+    async def slot(self, key: str, concurrency: int | None = None, model: str = "") -> AsyncIterator[None]:
+        """Wait for a slot and hold it. Raises ApiError as `check`."""
+        self.check(key, concurrency)
         self._by_key[key] += 1
         try:
             with self._counted("waiting", model, key):
@@ -57,11 +67,9 @@ class Admission:
             self.by_model[state][model, key] -= 1
 
     async def _enter(self, key: str) -> None:
-        if self.running < self.max_running and not self._queues:
+        if self._is_free:
             self.running += 1
             return
-        if self.waiting >= self.max_waiting:
-            raise busy(f"{self.waiting} requests are waiting already.", seconds=2)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queues.setdefault(key, deque()).append(turn)
         try:

@@ -7,7 +7,7 @@ collects what a streamed one passes on, so that the two cannot differ; closing t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from calpaca_openai_api.record import Record
 from calpaca_openai_api.wire import DONE, Json, event
 
 Pieces = AsyncGenerator[Piece, None]
+Headers = Mapping[str, str] | None
 
 CLIENT_GONE = 499
 """The status that the log gives a request whose client did not wait; nobody receives it."""
@@ -76,30 +77,24 @@ async def _in_a_slot(admission: Admission, record: Record, pieces: Callable[[], 
             yield piece
 
 
-async def respond(
-    request: Request, pieces: Pieces, form: Form, *, streamed: bool, headers: dict[str, str] | None = None
-) -> Response:
+async def respond(record: Record, pieces: Pieces, form: Form, *, streamed: bool, headers: Headers = None) -> Response:
     """The response. What goes wrong before the first piece is an error of its own, not one in a stream."""
-    record: Record = request.state.record
     record.streamed = streamed
-    work = _begun(pieces, form, headers or {}) if streamed else _collected(pieces, form, headers or {}, record)
-    return await while_connected(request, work)
-
-
-async def _collected(pieces: Pieces, form: Form, headers: dict[str, str], record: Record) -> Response:
+    if streamed:
+        return await _begun(pieces, form, headers)
     async with aclosing(pieces):
         answer = form.whole([piece async for piece in pieces])
     record.usage = form.usage()
     return Json(answer, headers=headers)
 
 
-async def _begun(pieces: Pieces, form: Form, headers: dict[str, str]) -> Response:
+async def _begun(pieces: Pieces, form: Form, headers: Headers) -> Response:
     try:
         first = await anext(pieces, None)
     except BaseException:
         await pieces.aclose()
         raise
-    return EventStream(first, pieces, form, headers)
+    return AnswerStream(first, pieces, form, headers)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
@@ -128,16 +123,14 @@ async def _ended(*tasks: asyncio.Task[Any]) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. A client that goes away ends the work; an error becomes the last event but `[DONE]`."""
+    """Server-sent events. A client that goes away ends them; an error becomes the last event but `[DONE]`."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: Piece | None, pieces: Pieces, form: Form, headers: dict[str, str]) -> None:
-        super().__init__(headers={**_STREAM_HEADERS, **headers})
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Headers = None) -> None:
+        super().__init__(headers={**_STREAM_HEADERS, **(headers or {})})
         del self.headers["content-length"]
-        self._first = first
-        self._pieces = pieces
-        self._form = form
+        self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
@@ -151,8 +144,11 @@ class EventStream(Response):
                 record.error = "client gone"
         finally:
             await _ended(sender, watcher)
-            await self._pieces.aclose()
-            record.usage = self._form.usage()
+            await self._put_away(record)
+
+    async def _put_away(self, record: Record) -> None:  # noqa: ARG002
+        """What follows in any case."""
+        await self._events.aclose()
 
     async def _send(self, send: Send, record: Record) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -162,13 +158,31 @@ class EventStream(Response):
 
     async def _frames(self, record: Record) -> AsyncIterator[bytes]:
         try:
-            if self._first is not None:
-                yield b"".join(map(event, self._form.events(self._first)))
-            async for piece in self._pieces:
-                yield b"".join(map(event, self._form.events(piece)))
-            yield b"".join(map(event, self._form.last_events()))
+            async for data in self._events:
+                yield data
         except Exception as error:
             fault = as_api_error(error)
-            record.error = fault.code or fault.message
+            record.blame(fault)
             yield event(fault.body())
         yield DONE
+
+
+class AnswerStream(EventStream):
+    """An answer as a stream: a client that goes away ends the work."""
+
+    def __init__(self, first: Piece | None, pieces: Pieces, form: Form, headers: Headers = None) -> None:
+        super().__init__(self._written(first), headers)
+        self._pieces = pieces
+        self._form = form
+
+    async def _written(self, first: Piece | None) -> AsyncGenerator[bytes, None]:
+        if first is not None:
+            yield b"".join(map(event, self._form.events(first)))
+        async for piece in self._pieces:
+            yield b"".join(map(event, self._form.events(piece)))
+        yield b"".join(map(event, self._form.last_events()))
+
+    async def _put_away(self, record: Record) -> None:
+        await super()._put_away(record)
+        await self._pieces.aclose()  # in case nothing was read of them
+        record.usage = self._form.usage()

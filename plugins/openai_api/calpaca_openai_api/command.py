@@ -44,7 +44,7 @@ def _serve(ctx: click.Context, /, **values: Any) -> None:
         log.info("Serving %s with %s at %s://%s:%s/v1", models.main.id, model.engine.name, scheme, address, port)
         local = "127.0.0.1" if ip_address(host).is_unspecified else address
         with announcement(f"{scheme}://{local}:{port}/v1", secret, models):
-            run(Server(app, api.admission, options), listener)
+            run(Server(app, api, options), listener)
 
 
 serve = AppCommand(

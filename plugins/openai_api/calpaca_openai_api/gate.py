@@ -63,10 +63,13 @@ class Gate:
         except Exception as error:
             if record.status == 0:  # else the app has answered already, or a stream is broken off
                 fault = as_api_error(error)
-                record.error = fault.code or fault.message
+                record.blame(fault)
                 await Json(fault.body(), fault.status, fault.headers)(scope, receive, send_with_id)
         finally:
-            self._note(record)
+            if record.work is None:
+                self._note(record)
+            else:
+                record.work.add_done_callback(lambda _: self._note(record))
 
     def _enter(self, scope: Scope, record: Record) -> dict[str, str]:
         """Check host and key, and count the request; the headers that tell what is left. Raises ApiError."""
@@ -81,7 +84,8 @@ class Gate:
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         if scope["method"] == "POST":
-            _check_type(headers.get("content-type", ""))
+            if _has_body(headers):
+                _check_type(headers.get("content-type", ""))
             receive = await self._with_body(receive, headers)
         await self.app(scope, receive, send)
 
@@ -138,6 +142,10 @@ def _label(record: Record) -> str:
 def _host(header: str) -> str:
     """The host of a Host header, without its port."""
     return header.partition("]")[0].lstrip("[") if header.startswith("[") else header.partition(":")[0]
+
+
+def _has_body(headers: Headers) -> bool:
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
 def _check_type(content_type: str) -> None:

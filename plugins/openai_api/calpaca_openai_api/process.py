@@ -14,7 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from calpaca.core.errors import UsageError
-from calpaca_openai_api.admission import Admission
+from calpaca_openai_api.server import Api
 from calpaca_openai_api.settings import ServeOptions
 
 _BACKLOG = 2048
@@ -37,7 +37,7 @@ def run(server: Server, listener: socket.socket) -> None:
 class Server(uvicorn.Server):
     """uvicorn's server, which ends with 0 when it is told to end."""
 
-    def __init__(self, app: ASGIApp, admission: Admission, options: ServeOptions) -> None:
+    def __init__(self, app: ASGIApp, api: Api, options: ServeOptions) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -49,7 +49,8 @@ class Server(uvicorn.Server):
                 ssl_keyfile=options.tls_key,
             )
         )
-        self._admission = admission
+        self._api = api
+        self._drain = options.drain
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -64,6 +65,13 @@ class Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answers end first, those that are made in the background too."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._drain
+        await super().shutdown(sockets)
+        await self._api.background.end(0.0 if self.force_exit else max(0.0, end - loop.time()))
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._admission.draining = True
+        self._api.admission.draining = True
         super().handle_exit(sig, frame)

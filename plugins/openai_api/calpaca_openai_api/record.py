@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.requests import Request
+
 from calpaca.core.engine import Usage
+from calpaca_openai_api.faults import ApiError
 from calpaca_openai_api.settings import KeySettings
 
 
 @dataclass
 class Record:
-    """One request. `key_name` is the name of the key that was shown; `model` the id of the model that answers."""
+    """One request. `key_name` is the name of the key that was shown; `model` the id of the model that answers; `work`
+    what goes on when the request has been answered."""
 
     method: str
     path: str
@@ -27,11 +32,16 @@ class Record:
     error: str | None = None
     started: float = field(default_factory=time.monotonic)
     first: float | None = None
+    work: asyncio.Task[None] | None = None
 
     def mark_first(self) -> None:
         """Note when the first piece of the answer came."""
         if self.first is None:
             self.first = time.monotonic() - self.started
+
+    def blame(self, fault: ApiError) -> None:
+        """Note what went wrong."""
+        self.error = fault.code or fault.message
 
     @property
     def speed(self) -> float | None:
@@ -56,3 +66,9 @@ class Record:
             line |= {"prompt_tokens": self.usage.prompt_tokens, "completion_tokens": self.usage.completion_tokens}
         shown = {"model": self.model, "key": self.key_name, "error": self.error, "stream": self.streamed}
         return line | {name: value for name, value in shown.items() if value}
+
+
+def record_of(request: Request) -> Record:
+    """The record that the gate has made for a request."""
+    record: Record = request.state.record
+    return record

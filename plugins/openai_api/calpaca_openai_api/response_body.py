@@ -47,6 +47,8 @@ class ResponseBody(Body):
     store: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    background: bool | None = None
+    truncation: Literal["auto", "disabled"] | None = None
     # Extensions, as in a chat.
     seed: Seed | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
@@ -65,8 +67,6 @@ class ResponseBody(Body):
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     # Known, and refused where they ask for something.
-    background: bool | None = None
-    truncation: Literal["auto", "disabled"] | None = None
     reasoning: dict[str, Any] | None = None
     conversation: str | dict[str, Any] | None = None
     prompt: dict[str, Any] | None = None
@@ -95,6 +95,8 @@ def refuse_response_fields(body: ResponseBody) -> None:
             raise unsupported(name, why)
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "'stream_options' is for streamed responses only.", param="stream_options")
+    if body.background and not body.is_kept:
+        raise ApiError(400, "What is made in the background is kept; 'store' cannot be false.", param="store")
 
 
 def _unsupported(body: ResponseBody) -> dict[str, tuple[object, str]]:
@@ -102,8 +104,6 @@ def _unsupported(body: ResponseBody) -> dict[str, tuple[object, str]]:
     others = set(body.include or ()) - {LOGPROBS}
     padded = body.stream_options is not None and body.stream_options.include_obfuscation
     return {
-        "background": (body.background, "a response is made while its client waits."),
-        "truncation": (body.truncation == "auto", "shorten the input, or continue from a shorter one."),
         "reasoning": (effort, "the models here do not reason apart from their answer."),
         "conversation": (body.conversation is not None, "use 'previous_response_id'."),
         "prompt": (body.prompt is not None, "give 'instructions' and 'input'."),

@@ -18,28 +18,31 @@ from calpaca_openai_api.response_items import Item, new_id, text_part
 from calpaca_openai_api.tokens import Token, chat_logprobs
 
 _DEFAULTS: dict[str, Any] = {
-    "background": False,
     "completed_at": None,
     "error": None,
     "incomplete_details": None,
     "max_tool_calls": None,
     "reasoning": {"effort": None, "summary": None},
     "service_tier": "default",
-    "truncation": "disabled",
 }
+
+UNFINISHED = ("queued", "in_progress")
+"""States of a response that goes on."""
 
 
 class ResponseForm:
     """Reads pieces into `response`, and keeps the events that they gave until they are fetched."""
 
-    def __init__(self, body: ResponseBody, model: str, sampling: Sampling | None) -> None:
-        """`sampling` is what a language model is asked with; an app has its own."""
+    def __init__(
+        self, body: ResponseBody, model: str, sampling: Sampling | None, notices: tuple[str, ...] = ()
+    ) -> None:
+        """`sampling` is what a language model is asked with; an app has its own. `notices` say what was not used."""
         self._logprobs = body.wants_logprobs
         self._events: list[dict[str, Any]] = []
         self._count = 0
         self._message: Item | None = None
         self._usage = Usage()
-        self.begun = False
+        self._started = False
         self.response: dict[str, Any] = {
             **_DEFAULTS,
             **_told_back(body),
@@ -51,6 +54,7 @@ class ResponseForm:
             "temperature": sampling.temperature if sampling is not None else body.temperature or 1.0,
             "top_p": sampling.top_p if sampling is not None else body.top_p or 1.0,
             "output": [],
+            **({"notices": list(notices)} if notices else {}),
         }
 
     # What answering.Form asks for -----------------------------------------------------------------------------------
@@ -69,12 +73,30 @@ class ResponseForm:
         return self._usage
 
     # Reading --------------------------------------------------------------------------------------------------------
+    @property
+    def begun(self) -> bool:
+        """Whether anything has been told."""
+        return self._count > 0
+
+    def queue(self) -> None:
+        """Tell of a response that waits for its turn, as one that is made in the background does."""
+        self.response["status"] = "queued"
+        self._tell("created", response=self._copy())
+        self._tell("queued", response=self._copy())
+
+    def start(self) -> None:
+        """Tell, once, that the response is being made."""
+        if self._started:
+            return
+        self._started = True
+        self.response["status"] = "in_progress"
+        if not self.begun:
+            self._tell("created", response=self._copy())
+        self._tell("in_progress", response=self._copy())
+
     def read(self, piece: Piece) -> None:
         """Take the next piece. The last one, which has a finish reason, ends the response."""
-        if not self.begun:
-            self.begun = True
-            self._tell("created", response=self._copy())
-            self._tell("in_progress", response=self._copy())
+        self.start()
         if piece.text or piece.tokens:
             self._read_text(piece.text, piece.tokens)
         for call in piece.calls:
@@ -90,6 +112,11 @@ class ResponseForm:
         code = "rate_limit_exceeded" if fault.status == 429 else "server_error"
         self.response |= {"status": "failed", "error": {"code": code, "message": fault.message}}
         self._tell("failed", response=self._copy())
+
+    def cancel(self) -> None:
+        """End a response whose client wants no more of it. OpenAI has no event for that."""
+        self._close_message("incomplete")
+        self.response["status"] = "cancelled"
 
     def _end(self, finish: str, usage: Usage) -> None:
         cut = finish == "length"
@@ -167,6 +194,8 @@ class ResponseForm:
 def _told_back(body: ResponseBody) -> dict[str, Any]:
     """The fields of a request that its response repeats."""
     fields: dict[str, Any] = {
+        "background": bool(body.background),
+        "truncation": body.truncation or "disabled",
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "previous_response_id": body.previous_response_id,

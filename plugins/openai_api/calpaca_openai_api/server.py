@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -23,21 +23,19 @@ from calpaca.core.paths import data_dir
 from calpaca_openai_api import admin
 from calpaca_openai_api.admission import Admission
 from calpaca_openai_api.answering import admitted, respond, while_connected
-from calpaca_openai_api.app_chat import plan_app
+from calpaca_openai_api.app_chat import AppPlan, plan_app
+from calpaca_openai_api.background import Background
 from calpaca_openai_api.bodies import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
-from calpaca_openai_api.chat import ChatForm, plan_chat
+from calpaca_openai_api.chat import ChatForm, ChatPlan, plan_chat
 from calpaca_openai_api.completions import CompletionForm, plan_completion
 from calpaca_openai_api.embeddings import embed, embedding_response
-from calpaca_openai_api.faults import UNSUPPORTED, ApiError, as_api_error, busy, unsupported
+from calpaca_openai_api.faults import UNSUPPORTED, ApiError, as_api_error, busy
 from calpaca_openai_api.gate import Gate
 from calpaca_openai_api.keys import Keys, refuse_model
 from calpaca_openai_api.metrics import Metrics
-from calpaca_openai_api.record import Record
-from calpaca_openai_api.response_body import ResponseBody, refuse_response_fields
-from calpaca_openai_api.response_chat import as_chat, renamed
-from calpaca_openai_api.response_form import ResponseForm
-from calpaca_openai_api.response_items import Item, read_items
-from calpaca_openai_api.responses import Recording, Responses, item_page, owner_of
+from calpaca_openai_api.record import Record, record_of
+from calpaca_openai_api.response_endpoints import ResponseApi
+from calpaca_openai_api.responses import Responses
 from calpaca_openai_api.sampling import Defaults
 from calpaca_openai_api.served import Served, ServedApp, ServedModel, ServedModels
 from calpaca_openai_api.settings import KeySettings, ServeOptions, is_loopback
@@ -61,7 +59,11 @@ class Api:
     admission: Admission
     metrics: Metrics
     options: ServeOptions
-    responses: Responses
+    background: Background
+
+    @property
+    def responses(self) -> ResponseApi:
+        return ResponseApi(self._find, self.plan_chat, self.admission, self.background.responses, self.background)
 
     @property
     def defaults(self) -> Defaults:
@@ -69,7 +71,7 @@ class Api:
 
     # What there is -------------------------------------------------------------------------------------------------
     async def list_models(self, request: Request) -> Response:
-        key = _record(request).key
+        key = record_of(request).key
         allowed = [id for id in self.models.ids if key is None or key.models is None or id in key.models]
         return Json({"object": "list", "data": [self.models.describe(id) for id in allowed]})
 
@@ -91,29 +93,37 @@ class Api:
 
     # Generation ----------------------------------------------------------------------------------------------------
     async def chat(self, body: ChatBody, request: Request) -> Response:
-        served = self._find(body.model, request)
+        return await while_connected(request, self._chat(body, request))
+
+    async def _chat(self, body: ChatBody, request: Request) -> Response:
+        served, record = self._find(body.model, request), record_of(request)
         if self.options.strict and body.is_legacy:
             raise ApiError(400, "A message has no 'content'; 'message' is its old name.", param="messages")
         headers = LEGACY_HEADERS if body.is_legacy else {}
-        plan = await self._plan_chat(body, served)
+        plan = await self.plan_chat(body, served)
         fingerprint = None if isinstance(served, ServedApp) else self._language_model(served).fingerprint
         form = ChatForm(body, Envelope("chatcmpl", served.id, fingerprint))
-        pieces = admitted(self.admission, _record(request), plan.pieces)
-        return await respond(request, pieces, form, streamed=bool(body.stream), headers=headers)
+        pieces = admitted(self.admission, record, plan.pieces)
+        return await respond(record, pieces, form, streamed=bool(body.stream), headers=headers)
 
-    async def _plan_chat(self, body: ChatBody, served: Served) -> Any:
+    async def plan_chat(self, body: ChatBody, served: Served) -> ChatPlan | AppPlan:
+        """Raises ApiError."""
         if isinstance(served, ServedApp):
             return await asyncio.to_thread(plan_app, body, served.runs)
         if body.options is not None:
             raise ApiError(400, "'options' are for apps; this is a language model.", param="options")
-        return await self._planned(plan_chat, body, self._language_model(served))
+        plan: ChatPlan = await self._planned(plan_chat, body, self._language_model(served))
+        return plan
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
-        served = self._language_model(self._find(body.model, request))
+        return await while_connected(request, self._complete(body, request))
+
+    async def _complete(self, body: CompletionBody, request: Request) -> Response:
+        served, record = self._language_model(self._find(body.model, request)), record_of(request)
         plan = await self._planned(plan_completion, body, served)
         form = CompletionForm(plan, Envelope("cmpl", served.id, served.fingerprint))
-        pieces = admitted(self.admission, _record(request), plan.pieces)
-        return await respond(request, pieces, form, streamed=bool(body.stream))
+        pieces = admitted(self.admission, record, plan.pieces)
+        return await respond(record, pieces, form, streamed=bool(body.stream))
 
     async def _planned(self, plan: Callable[[Any, Model, Defaults], Any], body: Any, served: ServedModel) -> Any:
         """The plan for a request: on the model's engine, or on one of the same weights that does what this one refuses.
@@ -128,47 +138,6 @@ class Api:
                 with suppress(ApiError):
                     return await asyncio.to_thread(plan, body, twin, self.defaults)
             raise
-
-    # Responses -----------------------------------------------------------------------------------------------------
-    async def create_response(self, body: ResponseBody, request: Request) -> Response:
-        served, record = self._find(body.model, request), _record(request)
-        refuse_response_fields(body)
-        items = read_items(body.input)
-        plan = await self._plan_response(body, items, served, owner_of(record))
-        sampling = None if isinstance(served, ServedApp) else plan.sampling
-        form = ResponseForm(body, served.id, sampling)
-        recording = Recording(form, self.responses, record, items, body.is_kept)
-        pieces = recording.pieces(admitted(self.admission, record, plan.pieces))
-        return await respond(request, pieces, form, streamed=bool(body.stream))
-
-    async def _plan_response(self, body: ResponseBody, items: list[Item], served: Served, owner: str) -> Any:
-        before: list[Item] = []
-        if body.previous_response_id is not None:
-            before = await asyncio.to_thread(self.responses.turns_before, owner, body.previous_response_id)
-        try:
-            return await self._plan_chat(as_chat(body, [*before, *items]), served)
-        except ApiError as error:
-            raise renamed(error) from error
-
-    async def show_response(self, id: str, request: Request, stream: bool = False) -> Response:
-        if stream:
-            raise unsupported("stream", "a response that is kept is given whole.")
-        stored = await asyncio.to_thread(self.responses.find, owner_of(_record(request)), id)
-        return Json(stored.response)
-
-    async def delete_response(self, id: str, request: Request) -> Response:
-        return Json(await asyncio.to_thread(self.responses.delete, owner_of(_record(request)), id))
-
-    async def list_input_items(
-        self,
-        id: str,
-        request: Request,
-        after: str | None = None,
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
-        order: Literal["asc", "desc"] = "desc",
-    ) -> Response:
-        stored = await asyncio.to_thread(self.responses.find, owner_of(_record(request)), id)
-        return Json(item_page(stored.input, after, limit, order))
 
     # Other endpoints -----------------------------------------------------------------------------------------------
     async def embed(self, body: EmbeddingBody, request: Request) -> Response:
@@ -216,14 +185,9 @@ class Api:
         return self.models.language_model(served.id)
 
 
-def _record(request: Request) -> Record:
-    record: Record = request.state.record
-    return record
-
-
 def _note_model(request: Request, served: Served) -> Record:
     """Note who answers. Raises ApiError 403 for a model that the key is not for."""
-    record = _record(request)
+    record = record_of(request)
     refuse_model(record.key, served.id)
     record.model = served.id
     return record
@@ -232,8 +196,8 @@ def _note_model(request: Request, served: Served) -> Record:
 def build_app(models: ServedModels, options: ServeOptions, keys: Mapping[str, KeySettings]) -> tuple[ASGIApp, Api]:
     """The whole server as an ASGI app, and its endpoints."""
     admission = Admission(options.max_running, options.max_waiting, options.timeout)
-    responses = Responses(options.responses or data_dir() / "responses.sqlite")
-    api = Api(models, admission, Metrics(admission), options, responses)
+    background = Background(Responses(options.responses or data_dir() / "responses.sqlite"))
+    api = Api(models, admission, Metrics(admission), options, background)
     app = FastAPI(title="calpaca", version=__version__, redoc_url=None)
     administered = any("admin" in key.scopes for key in keys.values())
     for method, path, endpoint in (*_routes(api), *(_admin_routes(api) if administered else ())):
@@ -262,15 +226,17 @@ def _for_origins(app: ASGIApp, origins: list[str]) -> ASGIApp:
 
 
 def _routes(api: Api) -> list[tuple[str, str, Any]]:
+    responses = api.responses
     return [
         ("GET", "/v1/models", api.list_models),
         ("GET", "/v1/models/{id:path}", api.show_model),
         ("POST", "/v1/chat/completions", api.chat),
         ("POST", "/v1/completions", api.complete),
-        ("POST", "/v1/responses", api.create_response),
-        ("GET", "/v1/responses/{id}", api.show_response),
-        ("DELETE", "/v1/responses/{id}", api.delete_response),
-        ("GET", "/v1/responses/{id}/input_items", api.list_input_items),
+        ("POST", "/v1/responses", responses.create),
+        ("GET", "/v1/responses/{id}", responses.show),
+        ("DELETE", "/v1/responses/{id}", responses.delete),
+        ("POST", "/v1/responses/{id}/cancel", responses.cancel),
+        ("GET", "/v1/responses/{id}/input_items", responses.list_items),
         ("POST", "/v1/embeddings", api.embed),
         ("POST", "/tokenize", api.tokenize),
         ("POST", "/detokenize", api.detokenize),
@@ -286,7 +252,7 @@ def _admin_routes(api: Api) -> list[tuple[str, str, Any]]:
 
 async def _show_error(request: Request, error: Exception) -> Response:
     fault = _translated(error, request)
-    _record(request).error = fault.code or fault.message
+    record_of(request).blame(fault)
     return Json(fault.body(), fault.status, fault.headers)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -114,7 +117,7 @@ def serve(options: ServeOptions, keys: dict[str, KeySettings] | None = None, **s
         models.load_adapters()
         app, api = build_app(models, options, keys or {})
         listener = open_socket(options.host, options.port)
-        server = Server(app, api.admission, options)
+        server = Server(app, api, options)
         thread = threading.Thread(target=run, args=[server, listener])
         thread.start()
         yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", api, runtime)
@@ -144,6 +147,27 @@ def running(smollm2: Path, e5: Path, tmp_path_factory: pytest.TempPathFactory) -
         apps={"handbook": {"app": "retrieval_qa", "files": [str(handbook)], "dtype": "float32"}},
     ) as running:
         yield running
+
+
+@pytest.fixture
+def program(smollm2: Path, tmp_path: Path):
+    """`program(*flags)` starts `calpaca serve` and gives its process and address."""
+    started = []
+
+    def start(*flags: str) -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-m", "calpaca", "serve", "--model", str(smollm2), "--port", "0", *flags]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ)
+        started.append(process)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("Serving"):
+                return process, line.split()[-1]
+        raise AssertionError("it did not start")
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def fixed(schema: Any) -> Any:
@@ -195,3 +219,52 @@ async def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
 @pytest.fixture(name="until")
 def _until() -> Callable[..., Any]:
     return until
+
+
+# Responses -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(scripted: Callable[..., Scripted], tmp_path: Path) -> Callable[..., Scripted]:
+    """`server(answers, **options)` keeps its responses in the test's folder."""
+    return lambda *given, **options: scripted(*given, responses=tmp_path / "kept" / "responses.sqlite", **options)
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The events of a response's stream, each under the name of its type, `[DONE]` after the last."""
+    *frames, end = text.removesuffix("\n\n").split("\n\n")
+    assert end == "data: [DONE]"
+    events = []
+    for frame in frames:
+        name, data = frame.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events
+
+
+@pytest.fixture
+def streamed_response() -> Callable[..., Any]:
+    """`await streamed_response(server, **fields)` gives the events of a streamed response."""
+
+    async def ask(server: Scripted, **fields: Any) -> list[dict[str, Any]]:
+        response = await server.post("/v1/responses", stream=True, **fields)
+        assert response.status_code == 200, response.text
+        return events_of(response.text)
+
+    return ask
+
+
+@pytest.fixture(name="events_of")
+def _events_of() -> Callable[[str], list[dict[str, Any]]]:
+    return events_of
+
+
+@pytest.fixture(scope="session")
+def fits_event(published: dict[str, Any], fits: Callable[[str, Any], None]) -> Callable[[dict[str, Any]], None]:
+    """`fits_event(event)` fails unless an event of a response is of the schema that is published for its type."""
+    names = {
+        schema["properties"]["type"]["enum"][0]: name
+        for name, schema in published.items()
+        if name.startswith("Response") and name.endswith("Event") and "properties" in schema
+    }
+    return lambda event: fits(names[event["type"]], event)

@@ -406,3 +406,46 @@ def test_a_response_is_parsed_and_calls_a_function(client):
     called = client.responses.create(input="Weather in Paris?", tools=[tool], tool_choice="required", **asked)
     (call,) = called.output
     assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "weather", {"city": "Paris"})
+
+
+def test_a_response_in_the_background_is_followed_from_where_its_stream_broke_off(client, running):
+    asked = {"model": MODEL, "temperature": 0, "max_output_tokens": 40, "input": LONG[0]["content"]}
+    whole = client.responses.create(**asked)
+    text, last, id = "", -1, ""
+    with client.responses.create(background=True, stream=True, **asked) as stream:
+        for event in stream:
+            id, last = (getattr(event, "response", None) and event.response.id) or id, event.sequence_number
+            if event.type == "response.output_text.delta":
+                text += event.delta
+                break
+    kinds = []
+    for event in client.responses.retrieve(id, stream=True, starting_after=last):
+        kinds.append(event.type)
+        text += event.delta if event.type == "response.output_text.delta" else ""
+    assert (text, kinds[-1]) == (whole.output_text, f"response.{whole.status}")
+    assert client.responses.retrieve(id).output_text == text
+    with pytest.raises(openai.BadRequestError, match="synchronous"):
+        client.responses.cancel(whole.id)
+
+
+def test_a_cancelled_response_leaves_the_engine(client, running):
+    made = client.responses.create(model=MODEL, input=LONG[0]["content"], max_output_tokens=2000, background=True)
+    assert made.status == "queued"
+    while client.responses.retrieve(made.id).status != "in_progress" or not running.rows:
+        time.sleep(0.02)
+    assert client.responses.cancel(made.id).status == "cancelled"
+    assert running.settle()
+    assert client.responses.retrieve(made.id).status == "cancelled"
+
+
+def test_an_app_responds_with_its_sources_and_reads_what_it_continues(client, fits):
+    asked = {"model": "app:handbook", "max_output_tokens": 40}
+    first = client.responses.create(input="Who keeps the key of the archive?", **asked)
+    fits("Response", json.loads(first.to_json()))
+    assert "Abendroth" in first.output_text
+    assert first.model_extra["sources"][0]["source"].endswith("handbook.md")
+    second = client.responses.create(input="And on which floor?", previous_response_id=first.id, **asked)
+    assert "second" in second.output_text
+    with client.responses.stream(input="Who keeps the key of the archive?", **asked) as stream:
+        list(stream)
+        assert stream.get_final_response().output_text == first.output_text

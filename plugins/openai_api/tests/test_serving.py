@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import ssl
@@ -69,27 +68,6 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=str(port)):
             open_socket("127.0.0.1", port)
-
-
-@pytest.fixture
-def program(smollm2: Path, tmp_path: Path):
-    """`program(*flags)` starts `calpaca serve` and gives its process and address."""
-    started = []
-
-    def start(*flags: str) -> tuple[subprocess.Popen[str], str]:
-        command = [sys.executable, "-m", "calpaca", "serve", "--model", str(smollm2), "--port", "0", *flags]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ)
-        started.append(process)
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("Serving"):
-                return process, line.split()[-1]
-        raise AssertionError("it did not start")
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 def test_sigterm_lets_running_streams_end_whole_and_then_the_process_ends_well(program):
