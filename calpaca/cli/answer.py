@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from calpaca.core.events import Event, Notice, Progress, Result, Source, Step, Token
+from calpaca.core.events import ContextReport, Event, Notice, Progress, Result, Source, Step, Token
 
 
 class AnswerPrinter:
@@ -42,6 +42,7 @@ class AnswerPrinter:
         self._answered = False
         self._drafted = False
         self._sources: list[Source] = []
+        self._context: ContextReport | None = None
         self._bar: Any = None
         self._bar_key: tuple[str, str] | None = None
 
@@ -68,6 +69,8 @@ class AnswerPrinter:
                 self._sources.append(event)
             case Notice():
                 self._aside(f"Note: {event.text}\n")
+            case ContextReport():
+                self._context = event
             case Result():
                 self._result(event)
 
@@ -89,6 +92,11 @@ class AnswerPrinter:
 
     def _result(self, result: Result) -> None:
         self._end_bar()
+        self._print(result)
+        if self._context is not None and (self._context.use.dropped or self.show_steps):
+            self._aside(f"Context: {self._context.use.line()}.\n")
+
+    def _print(self, result: Result) -> None:
         if self.as_json:
             self._write(self.out, json.dumps(result.value, ensure_ascii=False, indent=self.indent, default=str) + "\n")
             return

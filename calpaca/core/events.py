@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from calpaca.core.context import ContextUse
 from calpaca.core.engine import Usage
 
 
@@ -46,6 +47,13 @@ class UsageReport:
 
 
 @dataclass(frozen=True)
+class ContextReport:
+    """What the model was sent for the result, and what was left out."""
+
+    use: ContextUse
+
+
+@dataclass(frozen=True)
 class Progress:
     """`done` of `total` `unit`s; `total` is None where it is not known."""
 
@@ -69,4 +77,4 @@ class Result:
     value: dict[str, Any]
 
 
-Event = Step | Token | Source | UsageReport | Progress | Notice | Result
+Event = Step | Token | Source | UsageReport | ContextReport | Progress | Notice | Result

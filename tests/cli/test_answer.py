@@ -10,8 +10,9 @@ import pytest
 
 from calpaca.cli.answer import AnswerPrinter
 from calpaca.cli.table import table
+from calpaca.core.context import ContextUse
 from calpaca.core.engine import Usage
-from calpaca.core.events import Event, Notice, Progress, Result, Source, Step, Token, UsageReport
+from calpaca.core.events import ContextReport, Event, Notice, Progress, Result, Source, Step, Token, UsageReport
 
 REFINE: list[Event] = [
     Progress(1, 2, "chunk", "Embedding"),
@@ -137,3 +138,14 @@ def test_a_printer_that_fails_closes_the_work() -> None:
 
 def test_tables_align_chinese_text() -> None:
     assert table(("NAME", "X"), [("羊驼", "1"), ("ab", "2")]) == "NAME  X\n羊驼  1\nab    2"
+
+
+def test_what_was_left_out_is_said_and_else_only_a_terminal_is_told() -> None:
+    whole = ContextReport(ContextUse("error", 8192, 512, 700, 1, 700))
+    cut = ContextReport(ContextUse("drop", 8192, 512, 700, 1, 700, dropped=2, dropped_tokens=90))
+    answer = Result({"answer": "a"})
+    assert show([cut, answer]) == (
+        "a\n", "Context: 700 tokens sent; the context holds 8,192; 2 messages (90 tokens) left out.\n"
+    )  # fmt: skip
+    assert show([whole, answer])[1] == ""
+    assert "nothing left out.\n" in show([whole, answer], Terminal())[1]

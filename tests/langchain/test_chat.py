@@ -375,3 +375,61 @@ def test_messages_are_counted_as_the_template_renders_them():
     asked = chat.bind_tools([add]).invoke(messages)
     assert chat.get_num_tokens_from_messages(messages, tools=[add]) == asked.usage_metadata["input_tokens"]
     assert chat.get_num_tokens("你") == 3
+
+
+# More than the context holds -----------------------------------------------------------------------------------------
+
+LONG_TALK = [
+    SystemMessage("Be brief."),
+    HumanMessage("first " * 30),
+    AIMessage("second " * 30),
+    HumanMessage("third"),
+]
+
+
+def test_what_was_sent_is_in_the_response():
+    chat, engine = chat_on([TEXT])
+    answer = chat.invoke("Hi", max_tokens=20)
+    use = answer.response_metadata["context"]
+    assert use["policy"] == "error"
+    assert use["sent_tokens"] == answer.usage_metadata["input_tokens"] == len(engine.prompts[0].encode())
+    assert (use["dropped"], use["answer_tokens"]) == (0, 20)
+
+
+def test_a_conversation_that_is_too_long_is_an_error_unless_a_policy_says_otherwise():
+    chat, engine = chat_on([TEXT], engine={"context_length": 200})
+    with pytest.raises(ContextOverflowError):
+        chat.invoke(LONG_TALK, max_tokens=20)
+    answer = chat.invoke(LONG_TALK, max_tokens=20, context_policy="drop")
+    assert "first" not in engine.prompts[-1] and "Be brief." in engine.prompts[-1] and "third" in engine.prompts[-1]
+    use = answer.response_metadata["context"]
+    assert (use["policy"], use["dropped"], use["unit"]) == ("drop", 2, "message")
+    assert use["sent_tokens"] == answer.usage_metadata["input_tokens"]
+
+
+async def test_the_summary_of_what_was_left_out_is_in_the_response_on_every_way():
+    chat, engine = chat_on(
+        ["They counted."], engine={"context_length": 1000}, context_policy="summarise", max_tokens=600
+    )
+    answers = [chat.invoke(LONG_TALK), await chat.ainvoke(LONG_TALK), merged(chat.stream(LONG_TALK))]
+    answers.append(merged([chunk async for chunk in chat.astream(LONG_TALK)]))
+    for answer in answers:
+        assert answer.response_metadata["context"]["summary"] == "They counted."
+    assert len(engine.prompts) == 8
+    assert "Earlier in this conversation:\nThey counted." in engine.prompts[-1]
+
+
+def test_an_unknown_policy_is_refused_at_construction_and_at_the_call():
+    with pytest.raises(UsageError, match="Unknown context policy 'trim'"):
+        chat_on(context_policy="trim")
+    chat, _ = chat_on([TEXT])
+    with pytest.raises(UsageError, match="'refine' is not for this"):
+        chat.invoke("Hi", context_policy="refine")
+
+
+def test_another_policy_is_another_cache_entry():
+    chat, _ = chat_on([TEXT])
+    assert chat._get_llm_string() != chat._get_llm_string(context_policy="drop")
+    assert chat._get_llm_string(context_policy="drop") == chat.model_copy(
+        update={"context_policy": "drop"}
+    )._get_llm_string(context_policy="drop")

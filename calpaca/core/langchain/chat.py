@@ -22,10 +22,11 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableMap, Runn
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 import calpaca
 from calpaca.core.catalogue import ENTRIES
+from calpaca.core.context import CONVERSATION_POLICIES, ContextPolicy, check_policy, fit
 from calpaca.core.engine import Chunk, Grammar, Handle
 from calpaca.core.errors import UsageError, unknown_name
 from calpaca.core.langchain.messages import AnswerReader, plain_messages
@@ -37,7 +38,7 @@ from calpaca.core.tools import CallReader, answer_grammar, describe_format, read
 ToolLike = dict[str, Any] | type | Callable[..., Any] | BaseTool
 Method = Literal["json_schema", "function_calling", "json_mode"]
 
-CHAT_ARGUMENTS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "response_format"})
+CHAT_ARGUMENTS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "response_format", "context_policy"})
 _CORE_ARGUMENTS = frozenset({"stream", "ls_structured_output_format", "structured_output_format"})
 """Arguments that langchain_core reads itself and passes on."""
 
@@ -50,10 +51,21 @@ class ChatCalpaca(ModelParameters, BaseChatModel):
 
     Names are checked at once, weights are loaded at the first call and shared by all objects that name the same model.
     Every argument of sampling may also be given per call; an unknown one is refused. Calls that run at the same time
-    (`batch`, threads, asyncio) share the engine's forward passes.
+    (`batch`, threads, asyncio) share the engine's forward passes. `response_metadata["context"]` says what was sent and,
+    under the policies `drop` and `summarise`, what was left out; see `calpaca.core.context`.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+
+    context_policy: ContextPolicy = Field(
+        "error",
+        description=f"What happens to a conversation longer than the context: {', '.join(CONVERSATION_POLICIES)}.",
+    )
+
+    @field_validator("context_policy", mode="before")
+    @classmethod
+    def _known_policy(cls, value: Any) -> ContextPolicy:
+        return check_policy(value)
 
     @model_validator(mode="after")
     def _set_calpaca_version(self) -> ChatCalpaca:
@@ -72,7 +84,8 @@ class ChatCalpaca(ModelParameters, BaseChatModel):
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """The cache's key: contents of the weights and all arguments, those of the call included."""
         rest = {name: kwargs[name] for name in kwargs if name in CHAT_ARGUMENTS or name == "grammar"}
-        identity = {**self._identity(kwargs), **rest, "_type": self._llm_type, "call_stop": stop}
+        policy = {"context_policy": self.context_policy}
+        identity = {**self._identity(kwargs), **policy, **rest, "_type": self._llm_type, "call_stop": stop}
         return json.dumps(identity, sort_keys=True, default=repr, ensure_ascii=False)
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
@@ -142,7 +155,7 @@ class ChatCalpaca(ModelParameters, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002
         **kwargs: Any,
     ) -> ChatResult:
-        call, handle, reader = self._submit(messages, stop, kwargs)
+        call, handle, reader = await self._asubmit(messages, stop, kwargs)
         return _result(reader, await awhole(handle, call.timeout))
 
     def _stream(
@@ -164,7 +177,7 @@ class ChatCalpaca(ModelParameters, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call, handle, reader = self._submit(messages, stop, kwargs)
+        call, handle, reader = await self._asubmit(messages, stop, kwargs)
         with answering(handle, call.timeout):
             async for chunk in handle:
                 for each in reader.read(chunk):
@@ -189,10 +202,20 @@ class ChatCalpaca(ModelParameters, BaseChatModel):
         )
         if response_format is not None:
             plain = [*describe_format(response_format), *plain]
-        handle = call.model.chat(plain, call.sampling, tools=shown, grammar=grammar)
+        policy: ContextPolicy = arguments.get("context_policy") or self.context_policy
+        fitted = fit(call.model, plain, policy, tools=shown, max_new_tokens=call.sampling.max_new_tokens)
+        handle = call.model.chat(fitted.messages, call.sampling, tools=shown, grammar=grammar)
         forced = grammar is not None and grammar.kind == "json_schema"
         reader = CallReader(forced=forced) if shown and not isinstance(arguments.get("grammar"), Grammar) else None
-        return call, handle, AnswerReader(call.model, reader)
+        return call, handle, AnswerReader(call.model, reader, fitted.use)
+
+    async def _asubmit(
+        self, messages: list[BaseMessage], stop: list[str] | None, arguments: Mapping[str, Any]
+    ) -> tuple[Call, Handle, AnswerReader]:
+        """`_submit`, in a thread where the model may have to write a summary first."""
+        if (arguments.get("context_policy") or self.context_policy) == "summarise":
+            return await asyncio.to_thread(self._submit, messages, stop, arguments)
+        return self._submit(messages, stop, arguments)
 
     # Many at once, and without holding up an event loop ------------------------------------------------------------
     def batch(

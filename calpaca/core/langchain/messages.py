@@ -21,6 +21,7 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
 
+from calpaca.core.context import ContextUse
 from calpaca.core.engine import Chunk, Usage
 from calpaca.core.errors import UnsupportedError, UsageError, unknown_name
 from calpaca.core.langchain.parameters import end_info, logprobs_info
@@ -117,12 +118,13 @@ def usage_metadata(usage: Usage) -> UsageMetadata:
 class AnswerReader:
     """Turns the chunks of one answer into LangChain's, tool calls among them.
 
-    `reader` is None where the model has no tools.
+    `reader` is None where the model has no tools; `context` says what the prompt was made of.
     """
 
-    def __init__(self, model: Model, reader: CallReader | None) -> None:
+    def __init__(self, model: Model, reader: CallReader | None, context: ContextUse) -> None:
         self._model = model
         self._reader = reader
+        self._context = context
         self._called = False
 
     def read(self, chunk: Chunk) -> Iterator[ChatGenerationChunk]:
@@ -134,6 +136,7 @@ class AnswerReader:
         info: dict[str, Any] = {"logprobs": logprobs_info(chunk.logprobs)} if chunk.logprobs else {}
         if last:
             info |= end_info(chunk, self._model)
+            info["context"] = self._context.sent(chunk.usage or Usage()).as_dict()
             if self._called and chunk.finish_reason == "stop":
                 info["finish_reason"] = "tool_calls"
         if not (text or calls or info):
