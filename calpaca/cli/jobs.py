@@ -70,7 +70,7 @@ def resume(job_id: str, as_json: bool) -> None:
     """Go on with a job; finished steps are not done again. A unique beginning of the id is enough."""
     runtime = shared_runtime()
     record = runtime.jobs.get(job_id)
-    if record.kind == "models":
+    if "argv" in record.parameters:
         rerun(record.parameters)
         return
     resume_job(record, runtime, sys.stdout, as_json=as_json)
@@ -81,7 +81,10 @@ def rerun(parameters: Mapping[str, Any]) -> None:
     from calpaca.cli.main import program
 
     if not parameters.get("argv"):
-        raise JobError("This job was started from Python.", "Call the same function again; it goes on from there.")
+        raise JobError(
+            "This job was started from Python, or read its input from a pipe.",
+            "Start it again in the same way; it goes on from there.",
+        )
     if not Path(parameters["cwd"]).is_dir():
         raise JobError(f"The job was started in {parameters['cwd']}, which is gone.", "Give the command again.")
     with chdir(parameters["cwd"]):

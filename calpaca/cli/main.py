@@ -22,6 +22,7 @@ from calpaca.plugins.commands import PluginCommand, plugin_commands
 
 COMMANDS = {
     "run": ("calpaca.cli.run:run", "Run an app, or list the installed ones."),
+    "generate": ("calpaca.cli.generate:generate", "Answer one instruction, or a file of them."),
     "models": (
         "calpaca.cli.models:models",
         "List, fetch, describe, convert, merge, verify, compare and export models.",

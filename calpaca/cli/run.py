@@ -128,7 +128,7 @@ def _run(instance: Instance, typed: Mapping[str, Any], *, as_json: bool, verbose
     app, runtime = instance.app, shared_runtime()
     runtime.attaches = runtime.settings.attach
     options = read_options(app.load_options(), {**instance.presets, **typed}, instance.name)
-    with _answers_only() as out:
+    with answers_only() as out:
         runner = app.build(options, runtime)
         given = getattr(options, app.input) if app.input else ""
         printer = partial(
@@ -146,7 +146,7 @@ def _run(instance: Instance, typed: Mapping[str, Any], *, as_json: bool, verbose
 
 
 @contextmanager
-def _answers_only() -> Iterator[TextIO]:
+def answers_only() -> Iterator[TextIO]:
     """The real stdout; what libraries print meanwhile goes to stderr."""
     out = sys.stdout
     with redirect_stdout(sys.stderr):
@@ -176,7 +176,7 @@ def resume_job(record: JobRecord, runtime: Runtime, out: TextIO, *, as_json: boo
 
     app = find_instance(record.kind, runtime).app
     options = read_options(app.load_options(), record.parameters, record.kind)
-    with _answers_only():
+    with answers_only():
         _run_job(app.build(options, runtime), AnswerPrinter(out, sys.stderr, answer=app.answer, as_json=as_json))
 
 
