@@ -1,12 +1,11 @@
-"""Questions answered from passages: look up, check that there is something to go by, ask the model."""
+"""Questions answered from passages: look up, check that there is something to go by, ask the model, check what it says."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from langchain_core.callbacks import CallbackManagerForChainRun
 from langchain_core.language_models import BaseLanguageModel
@@ -15,56 +14,21 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import patch_config, run_in_executor
 from langchain_core.vectorstores import VectorStore
 
-from calpaca.core.engine import Usage
+from calpaca.core.context import ContextPolicy
 from calpaca.core.errors import UsageError
-from calpaca.core.events import Event, Notice, Result, Source, Step, Token, UsageReport
+from calpaca.core.events import ContextReport, Event, Notice, Result, Source, UsageReport
 from calpaca.documents.retrieval import Search, retrieve
-from calpaca_retrieval_qa.budget import chain_inputs, fit
-from calpaca_retrieval_qa.chains import DocumentChain, Piece, RefineChain, StuffChain
+from calpaca_retrieval_qa.asking import ask, nothing_found
 from calpaca_retrieval_qa.evidence import EvidenceRule, Verdict
-from calpaca_retrieval_qa.history import History, fit_history
+from calpaca_retrieval_qa.history import fit_history
+from calpaca_retrieval_qa.options import CiteMode, Strategy
 from calpaca_retrieval_qa.prompts import Prompts, language_of, load_prompts
+from calpaca_retrieval_qa.record import AnswerRecord
+from calpaca_retrieval_qa.rewriting import rewrite
+from calpaca_retrieval_qa.session import Session
+from calpaca_retrieval_qa.strategies import Planner
 
-Strategy = Literal["stuff", "refine"]
 Turns = Sequence[Mapping[str, str]]
-
-
-@dataclass
-class _Answer:
-    """What is known so far of an answer under way."""
-
-    strategy: Strategy
-    model: str
-    history: History
-    started: float = field(default_factory=time.monotonic)
-    texts: list[str] = field(default_factory=list)
-    sources: list[Source] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-    usage: Usage = field(default_factory=Usage)
-    timings: dict[str, float] = field(default_factory=dict)
-
-    def mark(self, name: str) -> None:
-        """Note the seconds since the question came."""
-        self.timings.setdefault(name, round(time.monotonic() - self.started, 3))
-
-    def value(self) -> dict[str, Any]:
-        """The result as `--json` prints it."""
-        self.mark("total")
-        steps = {"intermediate_steps": self.texts} if self.strategy == "refine" else {}
-        return {
-            "answer": self.texts[-1] if self.texts else "",
-            "strategy": self.strategy,
-            "sources": [_as_json(source) for source in self.sources],
-            **steps,
-            "usage": {
-                "prompt_tokens": self.usage.prompt_tokens,
-                "completion_tokens": self.usage.completion_tokens,
-                "total_tokens": self.usage.total_tokens,
-            },
-            "timings": self.timings,
-            "model": self.model,
-            "notices": self.notices,
-        }
 
 
 class RetrievalQA(Runnable[str, Any]):
@@ -76,9 +40,12 @@ class RetrievalQA(Runnable[str, Any]):
 
     `stream` gives calpaca's events, the last one a Result; `invoke` gives that result's value. `prepare` is run before
     each question, to bring an index up to date. Prompts are those of the question's language, or of `prompt_file`.
-    `max_new_tokens` is the room kept for the answer when passages are fitted into the context. `history`, an argument of
-    each of them, are the earlier turns of the conversation (`role` and `content`, oldest first): the question is looked up
-    together with the one before it, and the model is shown the turns.
+    `max_new_tokens` is the room kept for the answer when passages are fitted into the context; `context_policy` says what
+    becomes of those without room. `cite` is told in `citations`, `strategy` in `strategies`.
+
+    `history`, an argument of each of them, are the earlier turns of the conversation (`role` and `content`, oldest first);
+    a `session` keeps its own. A follow-up question is rewritten by the model with `rewrites`; where that fails, it is
+    looked up together with the question before it, and the model is shown the turns.
     """
 
     def __init__(
@@ -88,9 +55,13 @@ class RetrievalQA(Runnable[str, Any]):
         *,
         strategy: Strategy = "stuff",
         search: Search = Search(),
+        cite: CiteMode = "loose",
+        context_policy: ContextPolicy = "drop",
         prompt_file: Path | None = None,
         evidence: EvidenceRule = EvidenceRule(),
         prepare: Callable[[], Iterator[Event]] = lambda: iter(()),
+        session: Session | None = None,
+        rewrites: bool = True,
         max_new_tokens: int | None = None,
         model_name: str = "",
         languages: str = "",
@@ -99,9 +70,13 @@ class RetrievalQA(Runnable[str, Any]):
         self.retriever = retriever
         self.strategy = strategy
         self.search = search
+        self.cite = cite
+        self.context_policy = context_policy
         self.prompt_file = prompt_file
         self.evidence = evidence
         self.prepare = prepare
+        self.session = session
+        self.rewrites = rewrites
         self.max_new_tokens = max_new_tokens
         self.model_name = model_name or _model_name(llm)
         self.languages = languages
@@ -144,35 +119,63 @@ class RetrievalQA(Runnable[str, Any]):
     def _events(self, question: str, config: RunnableConfig, turns: Turns) -> Iterator[Event]:
         if not question.strip():
             raise UsageError("The question is empty.", "Ask one with --question.")
-        answer = _Answer(self.strategy, self.model_name, fit_history(self.llm, turns))
-        for event in self._work(question.strip(), answer, config):
+        turns = self.session.turns() if self.session is not None else turns
+        record = AnswerRecord(question.strip(), self.model_name, fit_history(self.llm, turns), self.strategy)
+        for event in self._work(record, config):
             if isinstance(event, Notice):
-                answer.notices.append(event.text)
+                record.notices.append(event.text)
             yield event
-        yield UsageReport(answer.usage)
-        yield Result(answer.value())
+        value = record.value()
+        if self.session is not None:
+            kept = {name: value.get(name) for name in ("searched", "citations", "supported")}
+            self.session.append(question=record.question, answer=value["answer"], **kept)
+        yield UsageReport(record.usage)
+        if record.context is not None:
+            yield ContextReport(record.context)
+        yield Result(value)
 
-    def _work(self, question: str, answer: _Answer, config: RunnableConfig) -> Iterator[Event]:
+    def _work(self, record: AnswerRecord, config: RunnableConfig) -> Iterator[Event]:
         yield from self.prepare()
-        answer.mark("index")
-        passages, verdict = self._look_up(answer.history.searches(question))
-        answer.mark("retrieve")
-        prompts = load_prompts(language_of(question), self.prompt_file)
+        record.mark("index")
+        prompts = load_prompts(language_of(record.question), self.prompt_file)
+        searches = yield from self._searches(record, prompts, config)
+        passages, verdict = self._look_up(searches, record)
+        record.mark("retrieve")
         if verdict.remark:
             yield Notice(verdict.remark)
         if not verdict.supported:
-            answer.texts = [prompts.nothing_found]
-            yield Step("answer", 1, 1)
-            yield Token(prompts.nothing_found)
+            yield from nothing_found(record, prompts)
             return
-        yield from self._language_notice(question)
-        yield from self._ask(question, passages, prompts, answer, config)
-        yield from answer.sources
+        yield from self._language_notice(record.question)
+        policy, room = self.context_policy, self.max_new_tokens
+        planner = Planner(self.llm, prompts, record.history, self.strategy, policy, room)
+        plan = planner.plan(record.standalone, passages, config)
+        yield from ask(plan, record, self.cite, prompts, config)
+        yield from record.sources()
 
-    def _look_up(self, searches: Sequence[str]) -> tuple[list[Source], Verdict]:
+    def _searches(
+        self, record: AnswerRecord, prompts: Prompts, config: RunnableConfig
+    ) -> Generator[Event, None, Sequence[str]]:
+        """What is looked up, until something is found."""
+        if not record.history.messages or not self.rewrites:
+            return record.history.searches(record.question)
+        rewritten = rewrite(self.llm, prompts.follow_up, record.history, record.question, config)
+        record.count(rewritten.message)
+        record.mark("rewrite")
+        if not rewritten.question:
+            return record.history.searches(record.question)
+        if rewritten.question != record.question:
+            yield Notice(f"Understood as: {rewritten.question}")
+        record.rewritten = rewritten.question
+        record.history = replace(record.history, messages=())  # the question says it all now
+        return [rewritten.question]
+
+    def _look_up(self, searches: Sequence[str], record: AnswerRecord) -> tuple[list[Source], Verdict]:
         """Passages of the first search that finds something to go by, else of the last one."""
+        merge = self.strategy in ("stuff", "auto")
         for text in searches:
-            passages = retrieve(self.retriever, text, self.search, merge=self.strategy == "stuff")
+            record.searched = text
+            passages = retrieve(self.retriever, text, self.search, merge=merge)
             verdict = self.evidence.judge(text, passages)
             if verdict.supported:
                 break
@@ -185,67 +188,10 @@ class RetrievalQA(Runnable[str, Any]):
                 "(`calpaca models list`)."
             )
 
-    def _ask(
-        self, question: str, passages: Sequence[Source], prompts: Prompts, answer: _Answer, config: RunnableConfig
-    ) -> Iterator[Event]:
-        chain = self._chain(prompts, answer.history)
-        if answer.history.left_out:
-            yield Notice(f"Left out, to keep room for passages: the {answer.history.left_out} oldest messages.")
-        fitting = fit(chain, question, passages, self.max_new_tokens)
-        for passage in fitting.left_out:
-            yield Notice(f"Left out, since the model's context is full: {place(passage)}.")
-        answer.sources = fitting.kept
-        # stuff: the best passage next to the question, which small models answer best from
-        shown = fitting.kept[::-1] if self.strategy == "stuff" else fitting.kept
-        inputs = chain_inputs(question, shown)
-        steps = chain.steps(inputs["input_documents"])
-        for piece in chain.pieces(inputs, config):
-            if piece.step > len(answer.texts):
-                answer.texts.append("")
-                yield Step(_step_name(self.strategy, piece.step), piece.step, steps)
-            if piece.text:
-                answer.mark("first_token")
-                answer.texts[-1] += piece.text
-                yield Token(piece.text, piece.step)
-            answer.usage += _usage(piece)
-
-    def _chain(self, prompts: Prompts, history: History) -> DocumentChain:
-        if self.strategy == "stuff":
-            return StuffChain(
-                self.llm,
-                history.before(prompts.stuff),
-                document_prompt=prompts.stuff_passage,
-                document_separator=prompts.stuff_separator,
-            )
-        return RefineChain(
-            self.llm,
-            history.before(prompts.refine_question),
-            history.before(prompts.refine),
-            document_prompt=prompts.refine_passage,
-        )
-
-
-def place(passage: Source) -> str:
-    """Where a passage stands, for people."""
-    page = f", page {passage.page}" if passage.page is not None else ""
-    lines = f", lines {passage.start}-{passage.end}" if passage.start is not None else ""
-    return f"{passage.source or 'a passage'}{page}{lines}"
-
 
 def _history(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The one argument beside the question; others are for other Runnables."""
     return {"history": arguments["history"]} if "history" in arguments else {}
-
-
-def _step_name(strategy: Strategy, step: int) -> str:
-    if strategy == "stuff":
-        return "answer"
-    return "first passage" if step == 1 else f"passage {step}"
-
-
-def _usage(piece: Piece) -> Usage:
-    used = piece.message.usage_metadata if piece.message is not None else None
-    return Usage(used["input_tokens"], used["output_tokens"]) if used else Usage()
 
 
 def _model_name(llm: BaseLanguageModel[Any]) -> str:
@@ -254,14 +200,3 @@ def _model_name(llm: BaseLanguageModel[Any]) -> str:
         if isinstance(value, str) and value:
             return value
     return type(llm).__name__
-
-
-def _as_json(source: Source) -> dict[str, Any]:
-    return {
-        "source": source.source,
-        "page": source.page,
-        "start": source.start,
-        "end": source.end,
-        "text": source.text,
-        "score": source.score,
-    }

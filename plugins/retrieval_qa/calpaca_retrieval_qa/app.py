@@ -13,6 +13,7 @@ from calpaca_retrieval_qa.answerer import RetrievalQA
 from calpaca_retrieval_qa.evidence import rule_for
 from calpaca_retrieval_qa.indexing import start_job
 from calpaca_retrieval_qa.options import RetrievalQAOptions
+from calpaca_retrieval_qa.session import Session
 
 __all__ = ["RetrievalQA", "build"]
 
@@ -34,9 +35,13 @@ def build(options: RetrievalQAOptions, runtime: Runtime) -> RetrievalQA:
         index.hybrid if options.search == "hybrid" else index.store,
         strategy=options.strategy,
         search=search,
+        cite=options.cite,
+        context_policy=options.context_policy,
         prompt_file=options.prompt_file,
         evidence=rule_for(index.embedder.name),
         prepare=partial(_sync_once, index, partial(start_job, options, runtime), []),
+        session=Session(options.session) if options.session is not None else None,
+        rewrites=options.rewrite,
         max_new_tokens=sampling.max_new_tokens,
         model_name=model.name,
         languages=languages_of(model.name),

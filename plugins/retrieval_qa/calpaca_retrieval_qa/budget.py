@@ -13,6 +13,7 @@ from langchain_core.prompt_values import PromptValue
 from calpaca.core.events import Source
 from calpaca_retrieval_qa.chains import DocumentChain, Inputs, RefineChain
 from calpaca_retrieval_qa.excerpt import excerpt
+from calpaca_retrieval_qa.map_rerank import MapRerankChain
 
 _ROOM = 256
 """Tokens kept for an answer whose length is not given."""
@@ -35,11 +36,13 @@ def fit(chain: DocumentChain, question: str, passages: Sequence[Source], max_new
     limit = context_length(chain.llm)
     if limit is None:
         return Fitting(list(passages), [])
-    answer = max_new_tokens or _ROOM
+    answer = answer_room(max_new_tokens)
     fitting = Fitting([], [])
     for passage in passages:
         if isinstance(chain, RefineChain):  # one passage at a time, beside the answer so far
             fits = _tokens(chain, 2, question, [passage, passage]) + 2 * answer <= limit
+        elif isinstance(chain, MapRerankChain):
+            fits = _tokens(chain, 1, question, [passage]) + answer <= limit
         else:
             fits = _tokens(chain, 1, question, [*fitting.kept, passage]) + answer <= limit
         (fitting.kept if fits else fitting.left_out).append(passage)
@@ -48,14 +51,30 @@ def fit(chain: DocumentChain, question: str, passages: Sequence[Source], max_new
     return fitting
 
 
+def answer_room(max_new_tokens: int | None) -> int:
+    """Tokens kept free for an answer."""
+    return max_new_tokens or _ROOM
+
+
+def prompt_tokens(chain: DocumentChain, question: str, passages: Sequence[Source]) -> int:
+    """Tokens of all prompts of a chain, without the answers that `refine` repeats."""
+    inputs = chain_inputs(question, passages)
+    documents = inputs.pop("input_documents")
+    prompts = (chain.prompt(step, documents, inputs, "") for step in range(1, chain.steps(documents) + 1))
+    return sum(count_tokens(chain.llm, prompt) for prompt in prompts)
+
+
 def _tokens(chain: DocumentChain, step: int, question: str, passages: Sequence[Source]) -> int:
     """Tokens of the prompt of a step, without the answer before it."""
     inputs = chain_inputs(question, passages)
     return count_tokens(chain.llm, chain.prompt(step, inputs.pop("input_documents"), inputs, ""))
 
 
-def chain_inputs(question: str, passages: Sequence[Source]) -> Inputs:
-    """What the chains are given: passages as documents, numbered from 1, and excerpts of each and of all."""
+def chain_inputs(question: str, passages: Sequence[Source], ranked: Sequence[Source] = ()) -> Inputs:
+    """What the chains are given: passages as documents, numbered from 1, and excerpts of each and of all.
+
+    The excerpt of all is taken from `ranked`, where the order of the passages is not that of their rank.
+    """
     documents = [
         Document(
             passage.text,
@@ -68,7 +87,7 @@ def chain_inputs(question: str, passages: Sequence[Source]) -> Inputs:
         )
         for number, passage in enumerate(passages, 1)
     ]
-    found = excerpt(question, [passage.text for passage in passages])
+    found = excerpt(question, [passage.text for passage in ranked or passages])
     return {"input_documents": documents, "question": question, "excerpt": found}
 
 

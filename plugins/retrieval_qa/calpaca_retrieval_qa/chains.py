@@ -1,4 +1,4 @@
-"""The `stuff` and `refine` chains as small LangChain Runnables.
+"""The `stuff` and `refine` chains as small LangChain Runnables, and what `map_rerank` shares with them.
 
 They take the arguments of the classic chains and send the same prompts. Input: `input_documents` (a list of Documents)
 and the prompt's other variables, such as `question`; output: `output_text`, and `intermediate_steps` of `refine` when
@@ -15,7 +15,7 @@ from typing import Any
 from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.documents import Document
 from langchain_core.language_models import LanguageModelLike
-from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.prompt_values import PromptValue
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate, format_document
 from langchain_core.runnables import Runnable, RunnableConfig
@@ -24,7 +24,7 @@ from langchain_core.runnables.utils import AddableDict
 
 Inputs = dict[str, Any]
 
-_WHOLE_TEXT = PromptTemplate.from_template("{page_content}")
+WHOLE_TEXT = PromptTemplate.from_template("{page_content}")
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,14 @@ class Piece:
 
     step: int
     text: str
-    message: AIMessageChunk | None = None
+    message: AIMessage | None = None
 
 
 class DocumentChain(Runnable[Inputs, Inputs]):
     """A chain that asks a model one or more times about documents."""
+
+    streams_last_step = True
+    """Whether the last step's text is the answer."""
 
     def __init__(
         self, llm: LanguageModelLike, *, document_variable_name: str, document_prompt: BasePromptTemplate[str]
@@ -57,28 +60,32 @@ class DocumentChain(Runnable[Inputs, Inputs]):
         """What is sent in a step; `answer` is that of the step before."""
 
     @abstractmethod
-    def output(self, answers: list[str]) -> Inputs:
-        """The chain's output for the answers of all steps."""
+    def output(self, pieces: Sequence[Piece], documents: Sequence[Document]) -> Inputs:
+        """The chain's output for the answers of all steps, a whole piece for each."""
+
+    def formatted(self, document: Document) -> str:
+        """A document as the model is shown it."""
+        return format_document(document, self.document_prompt)
 
     def pieces(self, inputs: Inputs, config: RunnableConfig | None = None) -> Iterator[Piece]:
         """The answers of all steps as they come."""
-        documents, variables = _documents(inputs)
+        documents, variables = split_inputs(inputs)
         answer = ""
         for step in range(1, self.steps(documents) + 1):
             prompt, answer = self.prompt(step, documents, variables, answer), ""
             for chunk in self.llm.stream(prompt, config):
-                piece = _piece(step, chunk)
+                piece = piece_of(step, chunk)
                 answer += piece.text
                 yield piece
 
     async def apieces(self, inputs: Inputs, config: RunnableConfig | None = None) -> AsyncIterator[Piece]:
         """`pieces` for an event loop."""
-        documents, variables = _documents(inputs)
+        documents, variables = split_inputs(inputs)
         answer = ""
         for step in range(1, self.steps(documents) + 1):
             prompt, answer = self.prompt(step, documents, variables, answer), ""
             async for chunk in self.llm.astream(prompt, config):
-                piece = _piece(step, chunk)
+                piece = piece_of(step, chunk)
                 answer += piece.text
                 yield piece
 
@@ -100,41 +107,49 @@ class DocumentChain(Runnable[Inputs, Inputs]):
         async for part in self._atransform_stream_with_config(inputs(), self._astream, config):
             yield part
 
+    def _rest(self, output: Inputs) -> Inputs:
+        """What of the output was not streamed."""
+        return {**output, "output_text": ""} if self.streams_last_step else output
+
     def _run(self, input: Inputs, run_manager: CallbackManagerForChainRun, config: RunnableConfig) -> Inputs:
-        answers = _Answers(self.steps(_documents(input)[0]))
+        documents = split_inputs(input)[0]
+        answers = _Answers(self.steps(documents))
         for piece in self.pieces(input, patch_config(config, callbacks=run_manager.get_child())):
             answers.add(piece)
-        return self.output(answers.texts)
+        return self.output(answers.pieces, documents)
 
     async def _arun(
         self, input: Inputs, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
     ) -> Inputs:
-        answers = _Answers(self.steps(_documents(input)[0]))
+        documents = split_inputs(input)[0]
+        answers = _Answers(self.steps(documents))
         async for piece in self.apieces(input, patch_config(config, callbacks=run_manager.get_child())):
             answers.add(piece)
-        return self.output(answers.texts)
+        return self.output(answers.pieces, documents)
 
     def _stream(
         self, inputs: Iterator[Inputs], run_manager: CallbackManagerForChainRun, config: RunnableConfig
     ) -> Iterator[Inputs]:
         for input in inputs:
-            answers = _Answers(self.steps(_documents(input)[0]))
+            documents = split_inputs(input)[0]
+            answers = _Answers(self.steps(documents))
             for piece in self.pieces(input, patch_config(config, callbacks=run_manager.get_child())):
                 answers.add(piece)
-                if piece.step == answers.steps:
+                if self.streams_last_step and piece.step == answers.steps:
                     yield AddableDict(output_text=piece.text)
-            yield AddableDict({**self.output(answers.texts), "output_text": ""})
+            yield AddableDict(self._rest(self.output(answers.pieces, documents)))
 
     async def _astream(
         self, inputs: AsyncIterator[Inputs], run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
     ) -> AsyncIterator[Inputs]:
         async for input in inputs:
-            answers = _Answers(self.steps(_documents(input)[0]))
+            documents = split_inputs(input)[0]
+            answers = _Answers(self.steps(documents))
             async for piece in self.apieces(input, patch_config(config, callbacks=run_manager.get_child())):
                 answers.add(piece)
-                if piece.step == answers.steps:
+                if self.streams_last_step and piece.step == answers.steps:
                     yield AddableDict(output_text=piece.text)
-            yield AddableDict({**self.output(answers.texts), "output_text": ""})
+            yield AddableDict(self._rest(self.output(answers.pieces, documents)))
 
 
 class StuffChain(DocumentChain):
@@ -146,7 +161,7 @@ class StuffChain(DocumentChain):
         prompt: BasePromptTemplate[Any],
         *,
         document_variable_name: str = "context",
-        document_prompt: BasePromptTemplate[str] = _WHOLE_TEXT,
+        document_prompt: BasePromptTemplate[str] = WHOLE_TEXT,
         document_separator: str = "\n\n",
     ) -> None:
         super().__init__(llm, document_variable_name=document_variable_name, document_prompt=document_prompt)
@@ -158,17 +173,17 @@ class StuffChain(DocumentChain):
 
     def prompt(
         self,
-        step: int,  # noqa: ARG002  # there is only one  # noqa: ARG002
+        step: int,  # noqa: ARG002  # there is only one
         documents: Sequence[Document],
         variables: Mapping[str, Any],
         answer: str,  # noqa: ARG002
     ) -> PromptValue:
-        texts = (format_document(document, self.document_prompt) for document in documents)
+        texts = (self.formatted(document) for document in documents)
         context = self.document_separator.join(texts)
         return self.template.invoke({**variables, self.document_variable_name: context})
 
-    def output(self, answers: list[str]) -> Inputs:
-        return {"output_text": answers[-1]}
+    def output(self, pieces: Sequence[Piece], documents: Sequence[Document]) -> Inputs:  # noqa: ARG002
+        return {"output_text": pieces[-1].text}
 
 
 class RefineChain(DocumentChain):
@@ -182,7 +197,7 @@ class RefineChain(DocumentChain):
         *,
         document_variable_name: str = "context_str",
         initial_response_name: str = "existing_answer",
-        document_prompt: BasePromptTemplate[str] = _WHOLE_TEXT,
+        document_prompt: BasePromptTemplate[str] = WHOLE_TEXT,
         return_intermediate_steps: bool = False,
     ) -> None:
         super().__init__(llm, document_variable_name=document_variable_name, document_prompt=document_prompt)
@@ -197,29 +212,31 @@ class RefineChain(DocumentChain):
     def prompt(
         self, step: int, documents: Sequence[Document], variables: Mapping[str, Any], answer: str
     ) -> PromptValue:
-        text = format_document(documents[step - 1], self.document_prompt)
+        text = self.formatted(documents[step - 1])
         values = {**variables, self.document_variable_name: text}
         if step == 1:
             return self.question_prompt.invoke(values)
         return self.refine_prompt.invoke({**values, self.initial_response_name: answer})
 
-    def output(self, answers: list[str]) -> Inputs:
+    def output(self, pieces: Sequence[Piece], documents: Sequence[Document]) -> Inputs:  # noqa: ARG002
+        answers = [piece.text for piece in pieces]
         steps = {"intermediate_steps": answers} if self.return_intermediate_steps else {}
         return {"output_text": answers[-1], **steps}
 
 
 class _Answers:
-    """The texts of the steps, put together from pieces."""
+    """The answers of the steps, put together from pieces; each keeps the last message it came with."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.texts = [""] * steps
+        self.pieces = [Piece(step, "") for step in range(1, steps + 1)]
 
     def add(self, piece: Piece) -> None:
-        self.texts[piece.step - 1] += piece.text
+        before = self.pieces[piece.step - 1]
+        self.pieces[piece.step - 1] = Piece(piece.step, before.text + piece.text, piece.message or before.message)
 
 
-def _documents(inputs: Inputs) -> tuple[list[Document], Inputs]:
+def split_inputs(inputs: Inputs) -> tuple[list[Document], Inputs]:
     """The documents of an input, and its other variables."""
     documents = list(inputs["input_documents"])
     if not documents:
@@ -227,8 +244,8 @@ def _documents(inputs: Inputs) -> tuple[list[Document], Inputs]:
     return documents, {name: value for name, value in inputs.items() if name != "input_documents"}
 
 
-def _piece(step: int, chunk: BaseMessage | str) -> Piece:
+def piece_of(step: int, chunk: BaseMessage | str) -> Piece:
     """A chunk of a chat model or an LLM."""
     if isinstance(chunk, str):
         return Piece(step, chunk)
-    return Piece(step, str(chunk.text), chunk if isinstance(chunk, AIMessageChunk) else None)
+    return Piece(step, str(chunk.text), chunk if isinstance(chunk, AIMessage) else None)

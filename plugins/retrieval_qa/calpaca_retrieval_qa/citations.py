@@ -16,7 +16,6 @@ no citation.
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -28,7 +27,6 @@ from calpaca.documents.sentences import blocks, sentences
 from calpaca_retrieval_qa.facts import Fact, Statements, facts
 from calpaca_retrieval_qa.quotation import FoldedText
 
-CiteMode = Literal["strict", "loose", "off"]
 Match = Literal["quoted", "verbatim", "words"]
 
 _LEAST_SHARE = {"strict": 0.8, "loose": 0.6}
@@ -243,14 +241,13 @@ class _Passage:
         return min(touched[0][0], start), max(touched[-1][1], end)
 
     def citation(self, number: int, claim: str, match: Match, start: int, end: int) -> Citation:
-        text, source = self.source.text, self.source
-        first_line = source.start
-        lines = (None, None)
-        if first_line is not None:
-            breaks = [place for place, character in enumerate(text) if character == "\n"]
-            lines = (first_line + bisect_right(breaks, start - 1), first_line + bisect_right(breaks, end - 1))
-        offsets = _offsets(source, start, end)
-        return Citation(number, claim, text[start:end], match, source.source, source.page, *lines, offsets)
+        source = self.source
+        quote, offsets = source.text[start:end], _offsets(source, start, end)
+        if source.start is None:
+            return Citation(number, claim, quote, match, source.source, source.page, offsets=offsets)
+        first = source.start + source.text.count("\n", 0, start)
+        last = first + quote.count("\n")
+        return Citation(number, claim, quote, match, source.source, source.page, first, last, offsets)
 
 
 def _offsets(source: Source, start: int, end: int) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from calpaca.core.context import ContextPolicy
 from calpaca.core.errors import UsageError
 from calpaca.core.runtime import Runtime
 from calpaca.documents.index import DocumentIndex
@@ -14,6 +15,9 @@ from calpaca.documents.loaders import find_files
 from calpaca.documents.retrieval import Search
 from calpaca.documents.splitter import CHUNK_OVERLAP, CHUNK_SIZE
 from calpaca.plugins.options import Flag, ModelOptions, SamplingOptions
+
+Strategy = Literal["stuff", "refine", "map_rerank", "auto"]
+CiteMode = Literal["strict", "loose", "off"]
 
 
 class IndexOptions(BaseModel):
@@ -58,9 +62,22 @@ class RetrievalQAOptions(IndexOptions, ModelOptions, SamplingOptions):
     """Options of the question answerer."""
 
     question: str | None = Field(None, description="What to ask; without it questions are read line by line.")
-    strategy: Literal["stuff", "refine"] = Field(
-        "stuff", description="stuff: one prompt with all passages; refine: an answer improved passage by passage."
+    strategy: Strategy = Field(
+        "stuff",
+        description="stuff: one prompt with all passages; refine: an answer improved passage by passage; map_rerank: the "
+        "best of an answer from each; auto: stuff if it fits, else map_rerank.",
     )
+    cite: CiteMode = Field(
+        "loose",
+        description="Citations, each checked against the documents. strict leaves out sentences that have none; loose "
+        "shows them; off cites nothing.",
+    )
+    context_policy: ContextPolicy = Field(
+        "drop",
+        description="Passages without room in the context: drop (named), summarise, refine (asked about in turn) or error.",
+    )
+    session: str | None = Field(None, description="Name of a conversation to begin or go on with.")
+    rewrite: bool = Field(True, description="Have follow-up questions rewritten so that they stand alone.")
     k: int = Field(4, description="Chunks that are looked up.")
     search: Literal["similarity", "hybrid", "mmr"] = Field(
         "similarity",

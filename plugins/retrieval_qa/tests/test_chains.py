@@ -6,6 +6,7 @@ from langchain_core.language_models import FakeListChatModel, FakeListLLM
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 
 from calpaca_retrieval_qa.chains import RefineChain, StuffChain
+from calpaca_retrieval_qa.map_rerank import MapRerankChain
 
 DOCUMENTS = [Document(f"Fact {letter} holds.", metadata={"source": f"{letter}.txt"}) for letter in "ABC"]
 STUFF = PromptTemplate.from_template("Read {context} and answer {question}.")
@@ -86,6 +87,40 @@ def test_refine_sends_the_prompts_of_the_classic_chain(classic, kind) -> None:
     assert ours.seen == theirs.seen
 
 
+RATED = ["They are grey\nScore: 20", "They are brown\nScore: 90", "No idea\nScore: 0"]
+
+
+@pytest.mark.parametrize("kind", [Recorder, ChatRecorder])
+def test_map_rerank_sends_the_prompts_of_the_classic_chain_and_chooses_the_same_answer(classic, kind) -> None:
+    from langchain_classic.output_parsers.regex import RegexParser
+
+    parser = RegexParser(regex=r"(.*?)\nScore: (\d*)", output_keys=["answer", "score"])
+    prompt = PromptTemplate(
+        template="Read {context} and answer {question}.", input_variables=["context", "question"], output_parser=parser
+    )
+    ours, theirs = kind(responses=RATED, seen=[]), kind(responses=RATED, seen=[])
+    options = {"document_variable_name": "context", "metadata_keys": ["source"], "return_intermediate_steps": True}
+    chain = classic.MapRerankDocumentsChain(
+        llm_chain=classic.LLMChain(llm=theirs, prompt=prompt), rank_key="score", answer_key="answer", **options
+    )
+    expected = chain.invoke(INPUTS)
+    one_by_one = {"max_concurrency": 1} if kind is ChatRecorder else {}  # threads would record them in any order
+    output = MapRerankChain(ours, prompt, **options).invoke(INPUTS, one_by_one)
+    assert output == {name: expected[name] for name in ("output_text", "intermediate_steps", "source")}
+    assert (output["output_text"], output["source"]) == ("They are brown", "B.txt")
+    assert len(ours.seen) == 3
+    assert ours.seen == theirs.seen
+
+
+def test_map_rerank_without_a_way_to_rate_is_an_error() -> None:
+    with pytest.raises(ValueError, match="output_parser"):
+        MapRerankChain(FakeListLLM(responses=["x"]), STUFF)
+
+
+def by_length(piece, document) -> dict:
+    return {"answer": piece.text, "score": len(piece.text), "of": document.page_content}
+
+
 def chains(kind=FakeListChatModel):
     answers = ["one", "two", "three"]
     return [
@@ -94,6 +129,7 @@ def chains(kind=FakeListChatModel):
             RefineChain(kind(responses=answers), FIRST, REFINE, return_intermediate_steps=True),
             {"output_text": "three", "intermediate_steps": answers},
         ),
+        (MapRerankChain(kind(responses=["long"] * 3), STUFF, rate=by_length), {"output_text": "long"}),
     ]
 
 
@@ -105,7 +141,7 @@ async def test_every_way_of_running_a_chain_gives_the_same(kind) -> None:
         assert await chain.ainvoke(INPUTS) == expected
     for chain, expected in chains(kind):
         parts = list(chain.stream(INPUTS))
-        assert len(parts) > 1
+        assert (len(parts) > 1) is chain.streams_last_step
         assert sum(parts[1:], parts[0]) == expected
     for chain, expected in chains(kind):
         parts = [part async for part in chain.astream(INPUTS)]

@@ -31,6 +31,6 @@ def test_the_job_lists_the_files_that_failed_and_indexes_the_rest(folder) -> Non
 def test_hybrid_search_answers_with_sources_and_their_scores(folder) -> None:
     options = RetrievalQAOptions(files=[folder], search="hybrid")
     value = app.build(options, fake_runtime(["At night."])).invoke("When does the llama hum?")
-    assert value["answer"] == "At night."
+    assert value["answer"] == "At night. [1]"
     assert "The llama hums at night." in value["sources"][0]["text"]
     assert value["sources"][0]["score"] <= 1.0

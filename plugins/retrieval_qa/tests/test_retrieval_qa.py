@@ -17,7 +17,7 @@ from langchain_core.language_models import FakeListChatModel, FakeListLLM
 from langchain_core.vectorstores import InMemoryVectorStore
 
 from calpaca.core.errors import ContextOverflowError, DocumentError, UsageError
-from calpaca.core.events import Notice, Progress, Result, Source, Step, Token, UsageReport
+from calpaca.core.events import ContextReport, Notice, Progress, Result, Source, Step, Token, UsageReport
 from calpaca.documents.retrieval import Search
 from calpaca.documents.vectors import PreparedEmbeddings
 from calpaca.testing import FakeEmbedder, fake_runtime
@@ -52,12 +52,18 @@ def kinds(events: list) -> list[type]:
 def test_stuff_reports_indexing_the_answer_and_its_sources(document) -> None:
     runtime = fake_runtime(["Dish number 3."])
     events = list(build(options(document), runtime).stream(QUESTION))
-    assert kinds(events) == [Progress, Notice, Step, Token, Source, UsageReport, Result]
+    assert kinds(events) == [Progress, Notice, Step, Token, Source, UsageReport, ContextReport, Result]
     value = events[-1].value
-    assert value["answer"] == "Dish number 3." == "".join(e.text for e in events if isinstance(e, Token))
+    assert value["answer"] == "Dish number 3. [1]" == "".join(e.text for e in events if isinstance(e, Token))
+    (cited,) = [event for event in events if isinstance(event, Source)]
+    assert cited.text == value["citations"][0]["quote"] == "The dog of this house likes dish number 3."
+    assert (cited.start, cited.end) == (7, 7)
+    assert value["context"]["sent_tokens"] == value["usage"]["prompt_tokens"] > 0
     assert value["strategy"] == "stuff"
     assert value["model"] == runtime.fake.name
-    assert set(value["sources"][0]) == {"source", "page", "start", "end", "text", "score"}
+    assert set(value["sources"][0]) == {
+        *("source", "page", "start", "end", "text", "score", "start_offset", "end_offset")
+    }
     assert value["usage"]["completion_tokens"] > 0
     assert list(value["timings"]) == ["index", "retrieve", "first_token", "total"]
     prompt = runtime.fake.engine.prompts[0]
@@ -81,12 +87,12 @@ def test_refine_asks_once_for_each_passage_and_shows_the_answer_so_far(document)
 
 
 def test_invoke_and_astream_give_what_stream_gives(document) -> None:
-    value = build(options(document), fake_runtime(["Dish."])).invoke(QUESTION)
+    value = build(options(document, cite="off"), fake_runtime(["Dish."])).invoke(QUESTION)
     assert value["answer"] == "Dish."
 
 
 async def test_astream_gives_the_same_events(document) -> None:
-    runner = build(options(document), fake_runtime(["Dish."]))
+    runner = build(options(document, cite="off"), fake_runtime(["Dish."]))
     events = [event async for event in runner.astream(QUESTION)]
     assert events[-1].value["answer"] == "Dish."
 
@@ -169,10 +175,10 @@ def test_the_oldest_turns_make_room_and_that_is_said(document) -> None:
     turns = [{"role": role, "content": f"{n} " * 30} for n in range(8) for role in ("user", "assistant")]
     value = build(options(document, max_new_tokens=50), runtime).invoke(QUESTION, history=[*turns, *TURNS])
     assert any("oldest messages" in notice for notice in value["notices"])
-    (prompt,) = runtime.fake.engine.prompts
-    assert "like {now}?" in prompt
-    assert "0 0 0" not in prompt
-    assert len(prompt.encode()) + 50 <= 2000
+    for prompt in runtime.fake.engine.prompts:  # for the rewriting, and for the answer
+        assert "like {now}?" in prompt
+        assert "0 0 0" not in prompt
+        assert len(prompt.encode()) + 50 <= 2000
 
 
 async def test_a_chat_model_of_langchain_gets_the_turns_as_messages() -> None:

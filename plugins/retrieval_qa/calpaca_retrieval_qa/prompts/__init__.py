@@ -28,6 +28,12 @@ _VARIABLES: Mapping[tuple[str, str], frozenset[str]] = {
     ("refine", "passage"): frozenset({"text", "number", "source", "excerpt"}),
     ("refine", "question"): frozenset({"context_str", "question"}),
     ("refine", "refine"): frozenset({"context_str", "question", "existing_answer"}),
+    ("map_rerank", "system"): frozenset(),
+    ("map_rerank", "passage"): frozenset({"text", "number", "source", "excerpt"}),
+    ("map_rerank", "prompt"): frozenset({"context", "question"}),
+    ("summary", "prompt"): frozenset({"text", "question"}),
+    ("follow_up", "prompt"): frozenset({"history", "question"}),
+    ("evalset", "prompt"): frozenset({"text"}),
     ("messages", "nothing_found"): frozenset(),
 }
 _OPTIONAL = {"number", "source", "excerpt"}
@@ -44,6 +50,11 @@ class Prompts:
     refine_question: ChatPromptTemplate
     refine: ChatPromptTemplate
     refine_passage: PromptTemplate
+    map_rerank: ChatPromptTemplate
+    map_rerank_passage: PromptTemplate
+    summary: ChatPromptTemplate
+    follow_up: ChatPromptTemplate
+    evalset: ChatPromptTemplate
     nothing_found: str
 
 
@@ -62,7 +73,7 @@ def load_prompts(language: Language, own: Path | None = None) -> Prompts:
     if own is not None:
         for (section, key), text in _own(own).items():
             texts[section][key] = text
-    stuff, refine = texts["stuff"], texts["refine"]
+    stuff, refine, map_rerank = texts["stuff"], texts["refine"], texts["map_rerank"]
     return Prompts(
         stuff=_chat(stuff["system"], stuff["prompt"]),
         stuff_passage=PromptTemplate.from_template(stuff["passage"]),
@@ -70,6 +81,11 @@ def load_prompts(language: Language, own: Path | None = None) -> Prompts:
         refine_question=_chat(refine["system"], refine["question"]),
         refine=_chat(refine["system"], refine["refine"]),
         refine_passage=PromptTemplate.from_template(refine["passage"]),
+        map_rerank=_chat(map_rerank["system"], map_rerank["prompt"]),
+        map_rerank_passage=PromptTemplate.from_template(map_rerank["passage"]),
+        summary=_chat("", texts["summary"]["prompt"]),
+        follow_up=_chat("", texts["follow_up"]["prompt"]),
+        evalset=_chat("", texts["evalset"]["prompt"]),
         nothing_found=texts["messages"]["nothing_found"],
     )
 

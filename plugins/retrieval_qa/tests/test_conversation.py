@@ -1,0 +1,165 @@
+"""Follow-up questions and sessions."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from calpaca.core.errors import UsageError
+from calpaca.testing import fake_runtime
+from calpaca_retrieval_qa.app import build
+from calpaca_retrieval_qa.options import RetrievalQAOptions
+from calpaca_retrieval_qa.rewriting import fault
+from calpaca_retrieval_qa.session import Session, SessionError
+
+
+@pytest.mark.parametrize(
+    ("text", "question", "turns", "wrong"),
+    [
+        ("When was Ada Morrow born?", "When was she born?", "Q: Who founded it?\nA: Ada Morrow did.", ""),
+        ("莫雅达什么时候出生？", "她什么时候出生？", "Q: 谁创立的？\nA: 莫雅达。", ""),
+        ("Ada Morrow was born in 1930.", "When was she born?", "A: Ada Morrow did.", "no question"),
+        ("Who painted the Night Watch?", "When was she born?", "A: Ada Morrow did.", "something else"),
+        ("When was Rembrandt born?", "When was she born?", "A: Ada Morrow did.", "something new"),
+        ("", "When?", "", "no question"),
+    ],
+)
+def test_a_rewriting_is_used_only_if_it_asks_the_same_in_known_words(text, question, turns, wrong) -> None:
+    assert wrong in fault(text, question, turns)
+    assert bool(fault(text, question, turns)) is bool(wrong)
+
+
+ANIMALS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen"]
+
+
+@pytest.fixture
+def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CALPACA_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "animals.txt"
+    file.write_text("\n\n".join(f"The {animal} of this house likes dish {n}." for n, animal in enumerate(ANIMALS)))
+    return file
+
+
+def script(prompt: str) -> str:
+    if "Rewritten:" in prompt:
+        return "And what does the cat like?" if "last question: and the cat" in prompt.lower() else "Nonsense."
+    return (
+        "It likes dish 2."
+        if "cat of this house" in prompt.rsplit("Most relevant:", maxsplit=1)[-1]
+        else "It likes dish 0."
+    )
+
+
+def answerer(document: Path, **options):
+    runtime = fake_runtime(script)
+    wanted = RetrievalQAOptions(files=[document], chunk_size=10, chunk_overlap=0, k=2, **options)
+    return build(wanted, runtime), runtime.fake.engine
+
+
+def test_a_follow_up_question_is_rewritten_and_asked_without_the_turns(document) -> None:
+    qa, engine = answerer(document)
+    turns = [{"role": "user", "content": "What does the ant like?"}, {"role": "assistant", "content": "Dish 0."}]
+    value = qa.invoke("And the cat?", history=turns)
+    assert value["searched"] == "And what does the cat like?"
+    assert any("Understood as" in notice for notice in value["notices"])
+    rewriting, asked = engine.prompts
+    assert "What does the ant like?" in rewriting
+    assert "What does the ant like?" not in asked
+    assert "And what does the cat like?" in asked
+    value = qa.invoke("And why?", history=turns)  # its rewriting is nonsense
+    assert value["searched"] == "What does the ant like?\nAnd why?"
+    assert "What does the ant like?" in engine.prompts[-1]
+
+
+def test_a_session_goes_on_where_it_ended(document) -> None:
+    qa, _ = answerer(document, session="pets")
+    qa.invoke("What does the ant like?")
+    again, engine = answerer(document, session="pets")
+    again.invoke("And the cat?")
+    assert "What does the ant like?" in engine.prompts[0]
+    records = Session("pets").records()
+    assert [record["question"] for record in records] == ["What does the ant like?", "And the cat?"]
+    assert records[1]["searched"] == "And what does the cat like?"
+    assert [turn["role"] for turn in Session("pets").turns()] == ["user", "assistant"] * 2
+    other, engine = answerer(document, session="other")
+    other.invoke("And the cat?")
+    assert len(engine.prompts) == 1
+
+
+def test_no_rewriting_is_asked_for_when_it_is_not_wanted(document) -> None:
+    qa, engine = answerer(document, session="pets", rewrite=False)
+    qa.invoke("What does the ant like?")
+    qa.invoke("And the cat?")
+    assert not any("Rewritten:" in prompt for prompt in engine.prompts)
+
+
+# The file -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 101, "a\n"])
+def test_a_name_that_is_no_file_name_is_refused(name, tmp_path) -> None:
+    with pytest.raises(UsageError, match="is no name for a session"):
+        Session(name, tmp_path)
+
+
+def test_a_line_that_was_cut_off_is_no_turn_and_the_next_one_takes_its_place(tmp_path) -> None:
+    session = Session("s", tmp_path)
+    session.append(question="What?", answer="四")
+    whole = session.path.read_bytes()
+    session.append(question="Why?", answer="五")
+    second = session.path.read_bytes()
+    for end in range(len(whole), len(second)):
+        session.path.write_bytes(second[:end])
+        assert [record["answer"] for record in session.records()] == ["四"]
+        session.append(question="How?", answer="六")
+        assert [record["answer"] for record in session.records()] == ["四", "六"]
+
+
+def test_a_file_that_is_no_session_is_said_and_left_alone(tmp_path) -> None:
+    (tmp_path / "s.jsonl").write_text("my diary\n")
+    with pytest.raises(SessionError, match="my diary"):
+        Session("s", tmp_path).append(question="What?", answer="x")
+    assert (tmp_path / "s.jsonl").read_text() == "my diary\n"
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SessionError, match="cannot be used"):
+        Session("s", tmp_path / "file").append(question="What?", answer="x")
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from calpaca_retrieval_qa.session import Session
+session = Session("s", Path(sys.argv[1]))
+print("ready", flush=True)
+for number in range(100_000):
+    session.append(question=f"{sys.argv[2]}{number}", answer="x" * 200)
+    print(number, flush=True)
+"""
+
+
+def test_a_kill_loses_no_turn_that_was_finished_and_two_writers_do_not_mix(tmp_path) -> None:
+    pick = random.Random(5)
+    for _ in range(3):
+        writers = [
+            subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name], stdout=subprocess.PIPE, text=True)
+            for name in "ab"
+        ]
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+        time.sleep(pick.uniform(0.02, 0.2))
+        printed = {}
+        for writer, name in zip(writers, "ab", strict=True):
+            os.kill(writer.pid, signal.SIGKILL)
+            printed[name] = [int(line) for line in writer.communicate()[0].split() if line.isdigit()]
+        asked = [record["question"] for record in Session("s", tmp_path).records()]
+        for name, numbers in printed.items():
+            assert {f"{name}{number}" for number in numbers[:-1]} <= set(asked)
