@@ -84,6 +84,23 @@ class ResponseApi:
         plan, dropped = await asyncio.to_thread(truncated, plan)
         return plan, (dropped.notice,) if dropped is not None else ()
 
+    async def count_input(self, body: ResponseBody, request: Request) -> Response:
+        """How many tokens a request would have as its input."""
+        return await while_connected(request, self._count_input(body, request))
+
+    async def _count_input(self, body: ResponseBody, request: Request) -> Response:
+        refuse_response_fields(body)
+        items = read_items(body.input)
+        plan, _ = await self._plan(body, items, self.find(body.model, request), owner_of(record_of(request)))
+        if isinstance(plan, AppPlan):
+            raise unsupported("model", "what an app asks its model is counted when it has answered.")
+        count = await asyncio.to_thread(plan.model.count_tokens, plan.messages, plan.tools)
+        return Json({"object": "response.input_tokens", "input_tokens": count})
+
+    async def compact(self) -> Response:
+        message = "Conversations are not compacted here. Use 'truncation': 'auto', or give fewer items."
+        raise ApiError(404, message, code="unknown_url")
+
     async def show(
         self,
         id: str,

@@ -54,6 +54,7 @@ class ResponseForm:
             "temperature": sampling.temperature if sampling is not None else body.temperature or 1.0,
             "top_p": sampling.top_p if sampling is not None else body.top_p or 1.0,
             "output": [],
+            "usage": _usage_fields(Usage()),  # the published schema knows no null here, others no response without it
             **({"notices": list(notices)} if notices else {}),
         }
 
@@ -108,15 +109,20 @@ class ResponseForm:
 
     def fail(self, fault: ApiError) -> None:
         """End a response that has begun with a failure."""
-        self._close_message("incomplete")
         code = "rate_limit_exceeded" if fault.status == 429 else "server_error"
-        self.response |= {"status": "failed", "error": {"code": code, "message": fault.message}}
+        self._break_off("failed")
+        self.response["error"] = {"code": code, "message": fault.message}
         self._tell("failed", response=self._copy())
 
     def cancel(self) -> None:
         """End a response whose client wants no more of it. OpenAI has no event for that."""
+        self._break_off("cancelled")
+
+    def _break_off(self, status: str) -> None:
+        """End before the engine has counted its tokens."""
         self._close_message("incomplete")
-        self.response["status"] = "cancelled"
+        self.response["status"] = status
+        self.response.pop("usage")
 
     def _end(self, finish: str, usage: Usage) -> None:
         cut = finish == "length"

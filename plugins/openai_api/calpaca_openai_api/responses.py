@@ -93,6 +93,7 @@ class Responses:
             return stored
         error = {"code": "server_error", "message": "The server ended before the response was complete."}
         failed = {**stored.response, "status": "failed", "error": error}
+        failed.pop("usage", None)  # nobody knows it
         self._store.end(failed, [])
         return replace(stored, response=failed, maker=None, events=[])
 

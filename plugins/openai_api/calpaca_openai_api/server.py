@@ -233,6 +233,8 @@ def _routes(api: Api) -> list[tuple[str, str, Any]]:
         ("POST", "/v1/chat/completions", api.chat),
         ("POST", "/v1/completions", api.complete),
         ("POST", "/v1/responses", responses.create),
+        ("POST", "/v1/responses/input_tokens", responses.count_input),
+        ("POST", "/v1/responses/compact", responses.compact),
         ("GET", "/v1/responses/{id}", responses.show),
         ("DELETE", "/v1/responses/{id}", responses.delete),
         ("POST", "/v1/responses/{id}/cancel", responses.cancel),

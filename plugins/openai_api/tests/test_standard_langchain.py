@@ -66,6 +66,14 @@ class TestChatOpenAI(ChatModelIntegrationTests):
         super().test_agent_loop(model)
 
 
+class TestChatOpenAIOverResponses(TestChatOpenAI):
+    """The same through /v1/responses."""
+
+    @property
+    def chat_model_params(self):
+        return {**super().chat_model_params, "use_responses_api": True}
+
+
 class TestOpenAIEmbeddings(EmbeddingsIntegrationTests):
     url = "http://127.0.0.1:1/v1"
     client = None

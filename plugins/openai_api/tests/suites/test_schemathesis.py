@@ -6,24 +6,32 @@ import copy
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 pytest.importorskip("schemathesis", reason="schemathesis is not installed: make check-api")
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-REFUSALS = ("400", "401", "403", "404", "405", "413", "415", "429", "503")
+REFUSALS = ("400", "401", "403", "404", "405", "409", "413", "415", "429", "503")
 
 POSTS = {
     "/chat/completions": ("CreateChatCompletionRequest", "CreateChatCompletionResponse"),
     "/completions": ("CreateCompletionRequest", "CreateCompletionResponse"),
     "/embeddings": ("CreateEmbeddingRequest", "CreateEmbeddingResponse"),
+    "/responses": ("CreateResponse", "Response"),
+}
+DELETED = {"type": "object", "required": ["id", "object", "deleted"]}
+KEPT = {
+    "/responses/{id}": {"get": "Response", "delete": DELETED},
+    "/responses/{id}/cancel": {"post": "Response"},
+    "/responses/{id}/input_items": {"get": "ResponseItemList"},
 }
 
 
-def answers(schema: str, *, streamed: bool = False) -> dict[str, object]:
+def answers(schema: str | dict[str, object], *, streamed: bool = False) -> dict[str, object]:
     refused = {"description": "refused", "content": {"application/json": {"schema": ref("ErrorResponse")}}}
-    given: dict[str, object] = {"application/json": {"schema": ref(schema)}}
+    given: dict[str, object] = {"application/json": {"schema": ref(schema) if isinstance(schema, str) else schema}}
     content = {**given, "text/event-stream": {}} if streamed else given
     return {"200": {"description": "answered", "content": content}, **dict.fromkeys(REFUSALS, refused)}
 
@@ -32,29 +40,32 @@ def ref(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def properties_of(schema: dict[str, object]) -> list[dict[str, object]]:
+def properties_of(schema: dict[str, Any], schemas: dict[str, Any]) -> list[dict[str, Any]]:
     """The property lists of a schema and of those that it is all of."""
+    if "$ref" in schema:
+        schema = schemas[schema["$ref"].rpartition("/")[2]]
     own = [schema["properties"]] if "properties" in schema else []
-    return own + [found for part in schema.get("allOf", ()) for found in properties_of(part)]
+    return own + [found for part in schema.get("allOf", ()) for found in properties_of(part, schemas)]
 
 
-def description(published: dict[str, object], target) -> dict[str, object]:
+def description(published: dict[str, Any], target) -> dict[str, object]:
     """Our paths with the published schemas: the model is ours, answers are short, floats are no base64."""
     schemas = copy.deepcopy(published)
-    models = {"chat": target.model, "text": target.model, "vectors": "multilingual-e5-small"}
-    for (request, _), model in zip(POSTS.values(), models.values(), strict=True):
-        for properties in properties_of(schemas[request]):
+    for path, (request, _) in POSTS.items():
+        for properties in properties_of(schemas[request], schemas):
             short = {
-                "model": {"const": model},
+                "model": {"const": "multilingual-e5-small" if path == "/embeddings" else target.model},
                 "max_tokens": {"type": "integer", "minimum": 1, "maximum": 4},
                 "max_completion_tokens": {"type": "integer", "minimum": 1, "maximum": 4},
+                "max_output_tokens": {"type": "integer", "minimum": 16, "maximum": 20},
                 "n": {"type": "integer", "minimum": 1, "maximum": 2},
                 "best_of": {"type": "integer", "minimum": 1, "maximum": 2},
                 "encoding_format": {"const": "float"},
             }
             properties.update({name: value for name, value in short.items() if name in properties})
-        if request != "CreateEmbeddingRequest":
-            schemas[request].setdefault("required", []).append("max_tokens")
+        if path != "/embeddings":
+            most = "max_output_tokens" if path == "/responses" else "max_tokens"
+            schemas[request].setdefault("required", []).append(most)
     paths: dict[str, object] = {"/models": {"get": {"responses": answers("ListModelsResponse")}}}
     parameter = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     paths["/models/{model}"] = {"get": {"parameters": [parameter], "responses": answers("Model")}}
@@ -62,6 +73,9 @@ def description(published: dict[str, object], target) -> dict[str, object]:
         body = {"required": True, "content": {"application/json": {"schema": ref(request)}}}
         responses = answers(response, streamed=path != "/embeddings")
         paths[path] = {"post": {"requestBody": body, "responses": responses}}
+    parameter = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    for path, methods in KEPT.items():
+        paths[path] = {each: {"parameters": [parameter], "responses": answers(form)} for each, form in methods.items()}
     info = {"title": "OpenAI's API, cut to calpaca's paths", "version": "1"}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": schemas}}
 
