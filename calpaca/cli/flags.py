@@ -43,7 +43,7 @@ def flags(app: str, model: type[BaseModel]) -> list[click.Option]:
         flag, owner = flag_name(model, name), _owner(model, name)
         if flag in shared and owner not in SHARED:
             taken[flag] = f"the shared option {shared[flag].__name__}.{flag.replace('-', '_')}"
-        option = _option(app, model, name)
+        option = option_of(app, model, name)
         for spelling in (*option.opts, *option.secondary_opts):
             _refuse_clash(app, f"{owner.__name__}.{name}", spelling.lstrip("-"), taken)
         made.append(option)
@@ -70,7 +70,8 @@ def group_of(model: type[BaseModel], field: str) -> str:
     return _HEADINGS.get(_owner(model, field), "Options")
 
 
-def _option(app: str, model: type[BaseModel], name: str) -> click.Option:
+def option_of(app: str, model: type[BaseModel], name: str) -> click.Option:
+    """The option of one field. Raises PluginError for a field type that has no flag."""
     info, flag = model.model_fields[name], flag_name(model, name)
     kind, several = _type(info.annotation)
     description = info.description or ""

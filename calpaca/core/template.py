@@ -162,11 +162,12 @@ def _texts(value: Any) -> Iterator[str]:
     """All texts in nested lists and dicts, keys included."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.items():
-            yield from _texts(list(item))
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, (list, tuple)):  # a union would be made anew at each call
         for each in value:
+            yield from _texts(each)
+    elif isinstance(value, (dict, Mapping)):  # a dict is known at once, an abstract class asks around
+        for key, each in value.items():
+            yield from _texts(key)
             yield from _texts(each)
 
 

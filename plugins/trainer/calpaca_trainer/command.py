@@ -9,7 +9,10 @@ import click
 from calpaca.cli.group import Group
 
 _COMMANDS = {
+    "init": ("calpaca_trainer.commands.init:init", "Write a commented recipe."),
     "data": ("calpaca_trainer.commands.data:data", "Check training data."),
+    "sft": ("calpaca_trainer.commands.run:sft", "Fine-tune on conversations and instructions."),
+    "pretrain": ("calpaca_trainer.commands.run:pretrain", "Go on with pre-training, on plain texts."),
 }
 """Name: (import path, sentence)."""
 

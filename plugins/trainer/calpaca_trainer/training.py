@@ -1,0 +1,324 @@
+"""A training run from recipe to run folder."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calpaca.core.disk import megabytes
+from calpaca.core.errors import UsageError
+from calpaca.core.files import ModelFiles, find_files
+from calpaca.core.fingerprint import fingerprint
+from calpaca.core.lock import exclusive
+from calpaca.core.machine import describe_memory
+from calpaca.core.spec import AdapterSpec, ModelSpec
+from calpaca_trainer.batches import Batch, BatchOptions, plan_batches, plan_evaluation, split
+from calpaca_trainer.dataset import Dataset, DataSource, Stage, load_dataset
+from calpaca_trainer.estimate import MemoryEstimate, estimate_memory
+from calpaca_trainer.prompting import Prompting, load_prompting
+from calpaca_trainer.recipe import Recipe
+from calpaca_trainer.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from calpaca.core.jobs import Job
+    from calpaca.core.runtime import Runtime
+    from calpaca_trainer.causal_trainer import CausalTrainer
+    from calpaca_trainer.learner import Learner
+    from calpaca_trainer.samples import SamplePrompt
+
+log = logging.getLogger("calpaca")
+
+_FEW = 50  # examples; with fewer a model learns them by heart
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Everything that is decided before weights are loaded."""
+
+    stage: Stage
+    recipe: Recipe
+    files: ModelFiles
+    prompting: Prompting
+    dataset: Dataset
+    members: np.ndarray
+    kept: np.ndarray
+    batches: list[Batch]
+    evaluation: list[Batch]
+    estimate: MemoryEstimate
+    checkpointing: bool
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(len(self.batches) / self.recipe.accumulation)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        return {
+            "stage": self.stage,
+            **self.recipe.model_dump(
+                mode="json", exclude={"model", "adapter", "tokenizer", "datasets", "eval_datasets"}
+            ),
+            "base": fingerprint(self.files.weights),
+            "adapters": [fingerprint(adapter.path) for adapter in self.files.adapters],
+            "data": self.dataset.digest,
+            "template": self.prompting.template_digest,
+        }
+
+
+def prepare(recipe: Recipe, stage: Stage, runtime: Runtime) -> Preparation:
+    """Find the model, read and check the data, plan the batches, estimate the memory. Raises CalpacaError."""
+    if not recipe.datasets:
+        raise UsageError("There is nothing to train on.", "Name a file or folder with --dataset.")
+    files, prompting = load_subject(recipe, runtime)
+    dataset, members, kept = _load_data(recipe, stage, prompting)
+    options = BatchOptions(recipe.batch_size, recipe.max_length, recipe.accumulation, recipe.packing, recipe.seed)
+    batches = plan_batches(dataset, members, options, epochs=recipe.epochs, max_steps=recipe.max_steps)
+    estimate, checkpointing = _estimate(recipe, files)
+    if len(members) < _FEW:
+        log.warning(
+            "There are only %d examples: the model may learn them by heart and forget other things.", len(members)
+        )
+    return Preparation(
+        stage, recipe, files, prompting, dataset, members, kept, batches,
+        plan_evaluation(dataset, kept, options), estimate, checkpointing,
+    )  # fmt: skip
+
+
+def load_subject(recipe: Recipe, runtime: Runtime) -> tuple[ModelFiles, Prompting]:
+    """The files of the model that learns, and how texts become its tokens. Raises ModelError or UsageError."""
+    files = find_files(_spec(recipe, runtime), runtime)
+    return files, load_prompting(files)
+
+
+def _spec(recipe: Recipe, runtime: Runtime) -> ModelSpec:
+    adapters = (AdapterSpec(source=recipe.adapter),) if recipe.adapter else ()
+    wanted = ("model", "tokenizer", "chat_template", "device", "quantization", "revision")
+    spec = runtime.spec(ModelSpec(adapters=adapters, **{name: getattr(recipe, name) for name in wanted}))
+    if not runtime.is_local(spec):
+        raise UsageError(f"{spec} runs on a server and cannot be trained.", "Name weights on this machine.")
+    return spec
+
+
+def _load_data(recipe: Recipe, stage: Stage, prompting: Prompting) -> tuple[Dataset, np.ndarray, np.ndarray]:
+    """All examples, the numbers of those to train on, and of those to measure on."""
+    import numpy as np
+
+    rendering = prompting.rendering(recipe, stage)
+    dataset = load_dataset(recipe.sources, rendering)
+    members, kept = split(dataset, recipe.eval_share, recipe.seed)
+    if recipe.eval_datasets:
+        measured = load_dataset([DataSource.parse(text) for text in recipe.eval_datasets], rendering)
+        kept = np.concatenate([kept, np.arange(len(dataset), len(dataset) + len(measured))])
+        dataset = dataset + measured
+    if dataset.faults:
+        log.warning(
+            "%d rows cannot be used and are left out; the first: %s. `calpaca train data check` lists them all.",
+            len(dataset.faults), dataset.faults[0],
+        )  # fmt: skip
+    return dataset, members, kept
+
+
+def _estimate(recipe: Recipe, files: ModelFiles) -> tuple[MemoryEstimate, bool]:
+    """The memory that is needed, and whether activations are to be computed twice to save some."""
+    from calpaca.core.merge.base_model import read_base
+    from calpaca_trainer.learner import choose_training_dtype
+
+    base = read_base(files.weights)
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    width = 2 if choose_training_dtype(recipe, recipe.device) == "bfloat16" else 4
+    estimate = estimate_memory(recipe, shapes, base.text_config, width)
+    if recipe.checkpointing != "auto":
+        return estimate, recipe.checkpointing == "on"
+    room = _room(recipe.device)
+    return estimate, room is not None and estimate.total(checkpointing=False) > room
+
+
+def _room(device: str) -> int | None:
+    """Bytes that are free where the model is trained."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    return describe_memory().room
+
+
+def train(preparation: Preparation, output: Path, runtime: Runtime, command: Mapping[str, Any]) -> dict[str, Any]:
+    """Train, or go on with a run that was interrupted; returns the summary that lies in the run folder.
+
+    `command` is what `calpaca jobs resume` gives again. Raises UsageError for a folder that holds something else,
+    TrainingError and DownloadError for a run that must stop; its last whole checkpoint is kept.
+    """
+    from calpaca_trainer.malloc import keep_memory
+
+    keep_memory()
+    folder = RunFolder(output)
+    with exclusive(output):
+        goes_on = folder.begin(preparation.identity(), preparation.recipe)
+        with runtime.jobs.start("train", f"train {output}", {**command, "output": str(output)}) as job:
+            return _Run(preparation, folder, job).carry_out(goes_on=goes_on)
+
+
+class _Run:
+    """A run in hand."""
+
+    def __init__(self, preparation: Preparation, folder: RunFolder, job: Job) -> None:
+        from calpaca_trainer.learner import load_learner
+        from calpaca_trainer.samples import choose_prompts
+
+        self._preparation, self._folder, self._job = preparation, folder, job
+        self._learner: Learner = load_learner(preparation.recipe, preparation.files, preparation.prompting)
+        members = preparation.kept if len(preparation.kept) else preparation.members
+        self._prompts: list[SamplePrompt] = choose_prompts(
+            preparation.dataset, members.tolist(), preparation.recipe.samples
+        )
+
+    def carry_out(self, *, goes_on: bool) -> dict[str, Any]:
+        from calpaca_trainer.metrics import forget_metrics_after
+        from calpaca_trainer.saved import check_effect, last_checkpoint, norms
+
+        began, before = time.monotonic(), norms(self._learner)
+        checkpoint = last_checkpoint(self._folder.path) if goes_on else None
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+        forget_metrics_after(self._folder.path, step if checkpoint is not None else -1)
+        trainer = self._trainer()
+        if checkpoint is None:
+            self._measure_before(trainer)
+        else:
+            log.info("Going on after step %d of %d.", step, self._preparation.steps)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        check_effect(self._learner, before)
+        return self._finish(trainer, time.monotonic() - began)
+
+    def _trainer(self) -> CausalTrainer:
+        from transformers import PrinterCallback
+
+        from calpaca_trainer.causal_trainer import CausalTrainer, Plan
+        from calpaca_trainer.collator import Collator
+        from calpaca_trainer.metrics import MetricsWriter, Patience
+        from calpaca_trainer.progress import Progress
+        from calpaca_trainer.saved import Saver
+
+        it, recipe = self._preparation, self._preparation.recipe
+        patience = [Patience(recipe.patience)] if recipe.patience is not None else []
+        trainer = CausalTrainer(
+            self._learner,
+            args=training_arguments(it, self._folder.path, self._learner),
+            plan=Plan(it.dataset, it.batches, it.evaluation),
+            collator=Collator(it.prompting.eos_ids[0], recipe.packing),
+            saver=Saver(self._learner, recipe.model or it.files.name, self._settings()),
+            metrics=MetricsWriter(self._folder.path),
+            callbacks=[Progress(self._job), *patience],
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _settings(self) -> dict[str, Any]:
+        """What the lineage tells about the training."""
+        it, recipe = self._preparation, self._preparation.recipe
+        settings: dict[str, Any] = {
+            "stage": it.stage,
+            "method": recipe.method,
+            "steps": it.steps,
+            "data": it.dataset.digest,
+        }
+        if recipe.adapter:
+            settings["continues"] = fingerprint(it.files.adapters[0].path)
+        return settings
+
+    def _measure_before(self, trainer: CausalTrainer) -> None:
+        from calpaca_trainer.samples import read_prompt, write_answers
+
+        if self._preparation.evaluation:
+            trainer.evaluate()
+        answers = write_answers(self._learner, self._prompts)
+        samples = [
+            replace(read_prompt(self._learner, prompt), before=answer)
+            for prompt, answer in zip(self._prompts, answers, strict=True)
+        ]
+        self._folder.write_samples([sample.to_dict() for sample in samples])
+
+    def _finish(self, trainer: CausalTrainer, seconds: float) -> dict[str, Any]:
+        from calpaca_trainer.samples import write_answers
+
+        if self._preparation.evaluation and not self._is_measured(trainer.state.global_step):
+            trainer.evaluate()
+        answers = write_answers(self._learner, self._prompts)
+        samples = [
+            {**sample, "after": answer} for sample, answer in zip(self._folder.read_samples(), answers, strict=True)
+        ]
+        self._folder.write_samples(samples)
+        summary = self._summary(trainer, seconds)
+        self._folder.write_summary(summary)
+        trainer.saver.save(self._folder.path, final=True)
+        return summary
+
+    def _is_measured(self, step: int) -> bool:
+        from calpaca_trainer.metrics import read_metrics
+
+        return any(record["step"] == step and "eval_loss" in record for record in read_metrics(self._folder.path))
+
+    def _summary(self, trainer: CausalTrainer, seconds: float) -> dict[str, Any]:
+        from calpaca_trainer.metrics import read_metrics
+
+        it, recipe = self._preparation, self._preparation.recipe
+        records = read_metrics(self._folder.path)
+        measured = [record["eval_loss"] for record in records if "eval_loss" in record]
+        tokens = trainer.metrics.tokens
+        trained = sum(parameter.numel() for _, parameter in self._learner.trained())
+        summary = {
+            "base": recipe.model or it.files.name,
+            "method": "full" if not self._learner.is_adapter else "adapter",
+            "trained_parameters": trained,
+            "examples": len(it.members),
+            "left_out": len(it.dataset.faults),
+            "steps": trainer.state.global_step,
+            "tokens": tokens,
+            "seconds": round(seconds, 1),
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "peak_memory": megabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+        }
+        if measured:
+            summary |= {"held_out_loss_before": round(measured[0], 4), "held_out_loss_after": round(measured[-1], 4)}
+        return summary
+
+
+def training_arguments(preparation: Preparation, output: Path, learner: Learner) -> Any:
+    """The recipe in the Trainer's words."""
+    from transformers import TrainingArguments
+
+    recipe, steps = preparation.recipe, preparation.steps
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.rate,
+        lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
+        warmup_steps=math.ceil(recipe.warmup * steps),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        neftune_noise_alpha=recipe.neftune,
+        activation_checkpointing=preparation.checkpointing,
+        seed=recipe.seed,
+        use_cpu=learner.device == "cpu",
+        bf16=learner.mixed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=recipe.save_every,
+        save_total_limit=recipe.keep,
+        eval_strategy="steps" if recipe.eval_every and preparation.evaluation else "no",
+        eval_steps=recipe.eval_every,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        report_to=recipe.report_to or "none",
+        disable_tqdm=True,
+        restore_callback_states_from_checkpoint=recipe.patience is not None,
+    )
