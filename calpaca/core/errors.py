@@ -104,6 +104,10 @@ class JobError(CalpacaError):
     """A job is unknown, failed or cannot be resumed."""
 
 
+class SessionError(CalpacaError):
+    """A session is unknown, or the file of sessions cannot be used."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is most like `name`, or None."""
     matches = get_close_matches(name, list(known), n=1, cutoff=0.5)
