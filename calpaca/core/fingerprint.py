@@ -47,6 +47,12 @@ def file_digest(path: Path, *, use_memo: bool = True) -> str:
         ) from error
 
 
+def remember_digest(path: Path, digest: str) -> None:
+    """Keep the sha256 of a file that this process has just written, and that nobody else knows of yet."""
+    with suppress(OSError):
+        _remember(path.stat(), digest)
+
+
 def fingerprint(path: Path, *, use_memo: bool = True) -> str:
     """Digest of a weights file, or of a folder's weights, configuration and tokenizer with their relative names.
 

@@ -1,8 +1,7 @@
 """The container of `torch.save`, for `.bin` and `.pth` files: read without running code, written tensor by tensor.
 
 Such a file is an uncompressed zip archive: a pickle that describes the tensors, then one member of raw bytes for each
-storage. The pickle is read by torch's own restricted unpickler over tensors without memory, which gives the place of
-every storage; the bytes are then read like those of any other file.
+storage. The description gives the place of every tensor; the bytes are then read like those of any other file.
 """
 
 from __future__ import annotations
@@ -10,22 +9,34 @@ from __future__ import annotations
 import pickle
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any, cast
 
-from calpaca.core.checkpoint.dtypes import code_of, to_torch
+from calpaca.core.checkpoint.dtypes import SIZES
 from calpaca.core.checkpoint.plan import PlannedTensor
 from calpaca.core.checkpoint.stream import FileStream
 from calpaca.core.checkpoint.tensor import StoredTensor
+from calpaca.core.checkpoint.torch_pickle import DescribedTensor, PickledCode, read_state, write_state
 from calpaca.core.errors import CorruptFileError, ModelNotFoundError, UnsupportedError
 
-if TYPE_CHECKING:
-    import torch
+_ROOT = "archive"
+_ALIGNMENT = 64  # bytes; torch's own
+_LOCAL_HEADER, _ZIP64_FIELD = 30, 20  # bytes before a member's name, and of the extra field that Python adds
+_DAMAGES = (
+    EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)  # fmt: skip
 
-_CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
-_CENTRAL_CRC, _DESCRIPTOR_CRC = 16, 4  # byte positions within a central header and a data descriptor
+
+@dataclass(frozen=True)
+class _Member:
+    """Where the bytes of a storage begin in the file, and how many they are."""
+
+    offset: int
+    size: int
 
 
 def read_tensors(file: Path) -> dict[str, StoredTensor]:
@@ -33,29 +44,15 @@ def read_tensors(file: Path) -> dict[str, StoredTensor]:
 
     Raises CorruptFileError for a damaged file or one with code in it, UnsupportedError for other contents.
     """
-    loaded = _load_without_data(file)
-    found: dict[str, StoredTensor] = {}
-    end = 0
-    for name, value in loaded.items():
-        if not hasattr(value, "untyped_storage"):
-            raise UnsupportedError(
-                f"{file} holds {type(value).__name__} under '{name}' where a tensor is expected.",
-                "Name a file that holds a model's tensors alone (a state dict).",
-            )
-        found[name] = _stored(name, value, file)
-        end = max(end, value.untyped_storage()._checkpoint_offset + value.untyped_storage().nbytes())
-    if end > file.stat().st_size:
-        raise CorruptFileError(
-            f"{file} is truncated: it has {file.stat().st_size:,} bytes and its tensors end at {end:,}.",
-            "Fetch the file again.",
-        )
-    return found
+    with _reported(file), zipfile.ZipFile(file) as archive:
+        described, members = _description(archive)
+        _check_contents(file, described)
+        return {name: _stored(str(name), tensor, file, members) for name, tensor in described.items()}
 
 
-def _load_without_data(file: Path) -> dict[str, Any]:
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+@contextmanager
+def _reported(file: Path) -> Iterator[None]:
+    """Turn what reading a damaged or dangerous file raises into errors that name it."""
     if not file.is_file():
         raise ModelNotFoundError(f"{file} does not exist.", "Check the path.")
     if not zipfile.is_zipfile(file):
@@ -64,89 +61,98 @@ def _load_without_data(file: Path) -> dict[str, Any]:
             "Fetch the file again, or load it with torch.load and save it again.",
         )
     try:
-        with FakeTensorMode():
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        yield
+    except PickledCode as error:
         raise CorruptFileError(
-            f"{file} holds code instead of tensors; it was not run.", "Take a safetensors version of the weights."
+            f"{file} holds code instead of tensors; it was not run: {error}.",
+            "Take a safetensors version of the weights.",
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
-        raise CorruptFileError(f"{file} is damaged: {reason}", "Fetch the file again.") from error
-    if not isinstance(loaded, dict):
+    except (*_DAMAGES, OSError) as error:
+        raise CorruptFileError(f"{file} is damaged: {error}.", "Fetch the file again.") from error
+
+
+def _description(archive: zipfile.ZipFile) -> tuple[Any, dict[str, _Member]]:
+    """What was pickled, and the members with the storages' bytes by key."""
+    names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    root = names[0].removesuffix("data.pkl")
+    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+        raise ValueError("its numbers lie with the highest byte first")
+    data = f"{root}data/"
+    members = {
+        info.filename.removeprefix(data): _member(archive, info)
+        for info in archive.infolist()
+        if info.filename.startswith(data)
+    }
+    return read_state(archive.read(names[0])), members
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
+    """A member's bytes begin after its local header, name and extra field."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("its members are compressed")
+    file = archive.fp
+    assert file is not None
+    file.seek(info.header_offset + _LOCAL_HEADER - 4)
+    name, extra = struct.unpack("<2H", file.read(4))
+    return _Member(info.header_offset + _LOCAL_HEADER + name + extra, info.file_size)
+
+
+def _check_contents(file: Path, described: Any) -> None:
+    if not isinstance(described, dict):
         raise UnsupportedError(f"{file} holds no tensors by name.", "Name a file that holds a model's state dict.")
-    return loaded
+    for name, value in described.items():
+        if not isinstance(value, DescribedTensor):
+            raise UnsupportedError(
+                f"{file} holds {type(value).__name__} under '{name}' where a tensor is expected.",
+                "Name a file that holds a model's tensors alone (a state dict).",
+            )
 
 
-def _stored(name: str, tensor: torch.Tensor, file: Path) -> StoredTensor:
-    storage: Any = tensor.untyped_storage()
+def _stored(name: str, tensor: DescribedTensor, file: Path, members: Mapping[str, _Member]) -> StoredTensor:
+    member = members[tensor.storage.key]
+    if tensor.reach > member.size or min((tensor.offset, *tensor.shape, *tensor.strides)) < 0:
+        raise ValueError(f"{name} reaches beyond its storage")
     return StoredTensor(
         name=name,
-        dtype=code_of(tensor.dtype),
-        shape=tuple(tensor.shape),
+        dtype=tensor.dtype,
+        shape=tensor.shape,
         file=file,
-        offset=storage._checkpoint_offset + tensor.storage_offset() * tensor.element_size(),
-        strides=None if tensor.is_contiguous() else tuple(tensor.stride()),
+        offset=member.offset + tensor.offset * SIZES[tensor.dtype],
+        strides=None if tensor.is_contiguous else tensor.strides,
     )
 
 
 def write(stream: FileStream, tensors: Sequence[PlannedTensor]) -> None:
-    """Write a whole file: torch writes one without the tensors' bytes first, which are then put in their places.
-
-    The archive's checksums are those of the bytes, so that any zip reader accepts the file.
-    """
-    with TemporaryDirectory() as folder:
-        skeleton = Path(folder) / "archive.pth"  # torch names the archive's root after the file
-        places = _write_skeleton(skeleton, tensors)
-        with skeleton.open("rb") as opened:
-            position, checksums, crc = 0, dict[int, int](), None
-            for place, tensor in sorted(zip(places, tensors, strict=True), key=lambda pair: pair[0]):
-                opened.seek(position)
-                stream.write(_with_descriptor(opened.read(place - position), crc))
-                crc = checksums[place] = stream.write_tensor(tensor, checksum=True)
-                position = place + tensor.size
-            opened.seek(position)
-            rest = _with_descriptor(opened.read(), crc)
-        stream.write(_with_directory(rest, position, skeleton, checksums))
+    """Write a whole file. The checksums in the archive are those of the bytes, so that any zip reader accepts it."""
+    with zipfile.ZipFile(cast("IO[bytes]", _Unseekable(stream)), "w") as archive:
+        described = write_state((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
+        archive.writestr(_aligned(archive, "data.pkl", zip64=False), described)
+        archive.writestr(_aligned(archive, "byteorder", zip64=False), b"little")
+        for number, tensor in enumerate(tensors):
+            with archive.open(_aligned(archive, f"data/{number}"), "w", force_zip64=True) as member:
+                stream.write_tensor(tensor, member.write)
+        archive.writestr(_aligned(archive, "version", zip64=False), b"3\n")
 
 
-def _write_skeleton(file: Path, tensors: Sequence[PlannedTensor]) -> list[int]:
-    """Save tensors of these shapes without their bytes (a sparse file); returns where each one's bytes belong."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+class _Unseekable:
+    """What `zipfile` needs of a file that is written from its first byte to its last."""
 
-    empty = {tensor.name: torch.empty(tensor.shape, dtype=to_torch(tensor.dtype)) for tensor in tensors}
-    with torch.serialization.skip_data():
-        torch.save(empty, file)
-    with FakeTensorMode():
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    return [int(loaded[tensor.name].untyped_storage()._checkpoint_offset) for tensor in tensors]
+    def __init__(self, stream: FileStream) -> None:
+        self._stream = stream
 
+    def write(self, data: bytes) -> int:
+        self._stream.write(data)
+        return len(data)
 
-def _with_descriptor(gap: bytes, crc: int | None) -> bytes:
-    """The bytes after a member, which begin with its data descriptor, with the member's checksum in it."""
-    if crc is None:
-        return gap
-    return gap[:_DESCRIPTOR_CRC] + crc.to_bytes(4, "little") + gap[_DESCRIPTOR_CRC + 4 :]
+    def flush(self) -> None:
+        pass
 
 
-def _with_directory(rest: bytes, start: int, archive: Path, checksums: dict[int, int]) -> bytes:
-    """The archive's end with the members' checksums in its directory. `start` is the position of `rest`."""
-    patched = bytearray(rest)
-    with zipfile.ZipFile(archive) as opened:
-        position = opened.start_dir - start
-        for member in opened.infolist():
-            header = _CENTRAL_HEADER.unpack_from(patched, position)
-            data = _data_start(archive, member.header_offset)
-            if data in checksums:
-                patched[position + _CENTRAL_CRC : position + _CENTRAL_CRC + 4] = checksums[data].to_bytes(4, "little")
-            position += _CENTRAL_HEADER.size + sum(header[10:13])  # name, extra field, comment
-    return bytes(patched)
-
-
-def _data_start(archive: Path, header_offset: int) -> int:
-    """Where a member's bytes begin: after its local header, name and extra field."""
-    with archive.open("rb") as opened:
-        opened.seek(header_offset + 26)
-        name, extra = struct.unpack("<2H", opened.read(4))
-    return header_offset + 30 + int(name) + int(extra)
+def _aligned(archive: zipfile.ZipFile, name: str, *, zip64: bool = True) -> zipfile.ZipInfo:
+    """A member whose bytes will begin at a multiple of `_ALIGNMENT`, by an extra field that torch uses, too."""
+    info = zipfile.ZipInfo(f"{_ROOT}/{name}")
+    assert archive.fp is not None
+    begin = archive.fp.tell() + _LOCAL_HEADER + len(info.filename) + 4 + zip64 * _ZIP64_FIELD
+    padding = -begin % _ALIGNMENT
+    info.extra = struct.pack("<2H", 0x4246, padding) + b"Z" * padding
+    return info

@@ -32,7 +32,7 @@ from calpaca.core.checkpoint.plan import ModelPlan, PlannedFile, PlannedTensor, 
 from calpaca.core.checkpoint.stream import FileStream
 from calpaca.core.disk import check_space, disk_errors
 from calpaca.core.errors import UsageError
-from calpaca.core.fingerprint import file_digest
+from calpaca.core.fingerprint import file_digest, remember_digest
 from calpaca.core.jobs import Job, Ledger, step_key
 from calpaca.core.lock import exclusive
 
@@ -177,7 +177,8 @@ def _write_file(folder: Path, planned: PlannedFile, bar: Any) -> dict[str, Any]:
     with FileStream(unfinished, planned.name, bar.update) as stream:
         _WRITERS[planned.container](stream, planned)
     assert stream.record is not None
-    unfinished.replace(folder / planned.name)
+    file = unfinished.replace(folder / planned.name)
+    remember_digest(file, stream.record.sha256)
     _fsync(folder)
     tensors = {name: asdict(record) for name, record in stream.tensors.items()}
     return {"name": planned.name, "file": asdict(stream.record), "tensors": tensors}
