@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from calpaca.core.engine import Completion, Request, Sampling
-from calpaca.core.engines.lookup import PromptLookup
+from calpaca.core.engines.lookup import LONGEST, PromptLookup
 from calpaca.core.engines.prefix import BLOCK, PrefixCache
 from calpaca.core.engines.slots import Shelf
 from calpaca.core.engines.transformers import TransformersEngine, open_engine
@@ -140,14 +140,20 @@ def test_guesses_leave_sampled_answers_and_logprobs_as_they_are(
     )
 
 
-def test_guesses_follow_the_last_occurrence_and_stop_when_they_fail() -> None:
+def test_guesses_are_what_followed_before_more_of_them_once_they_come_true_and_fewer_after_wrong_ones() -> None:
     lookup = PromptLookup()
     ids = [1, 2, 3, 4, 5, 9, 1, 2, 3]
-    assert lookup.draft(ids, 10) == [4, 5, 9, 1]
-    assert lookup.draft(ids, 2) == [4, 5]
-    lookup.note(4, 4, len(ids))
-    assert lookup.draft(ids, 10) == [4, 5, 9, 1, 2, 3]
-    for _ in range(6):
-        lookup.note(4, 0, len(ids))
-    assert lookup.draft(ids, 10) == []
-    assert lookup.draft(ids * 60, 10) != []
+    assert lookup.draft(ids, 5, 50) == [4, 5, 9, 1, 2]
+    assert lookup.draft(ids, 5, 2) == [4, 5]
+    assert lookup.draft([7, 8, 3, 4, 3], 5, 50) == [4, 3, 4, 3, 4]  # as far as it goes, then over again
+    assert lookup.draft([7, 8], 5, 50) == []
+    for _ in range(3):
+        lookup.note(5, 5)
+    assert len(lookup.draft(ids, 5, 50)) == LONGEST
+    for _ in range(9):
+        lookup.note(5, 0)
+    assert len(lookup.draft(ids, 5, 50)) == 5
+    assert PromptLookup().draft([1, 9, 2, 1], 5, 50) == [9, 2, 1, 9, 2]
+    poor = PromptLookup()
+    poor.right = 0.0
+    assert poor.draft([1, 9, 2, 1], 5, 50) == []  # one token is too little to go by

@@ -43,6 +43,7 @@ class Batch:
 
     def __init__(self, weights: LoadedWeights) -> None:
         from calpaca.core.engines.live_adapters import LiveAdapters  # torch is imported when there is a model to run
+        from calpaca.core.engines.packed import least_rows
 
         model = weights.model
         self._device = model.device
@@ -51,6 +52,7 @@ class Batch:
         shapes = {own_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
         like = model.get_input_embeddings().weight
         self.decoder = choose_decoder(model)
+        self._least_tokens = least_rows(like)
         self.adapters = LiveAdapters(self.decoder, like, shapes, len(weights.tokenizer))
         self.prefixes = PrefixCache(lambda: self.cache.free_memory)
         self.pace = Pace()
@@ -135,12 +137,12 @@ class Batch:
             self._threads.look()
         begin = time.perf_counter()
         spans = choose_spans(self.rows, self.pace, guesses=self.decoder.slots, most_scored=self._most_scored)
-        step = Step(spans, self._device)
+        step = Step(spans, self._device, self._least_tokens)
         self.adapters.select(step)
         logits = self.decoder(step)
         step.finish()
         finished = _advance(step.spans, logits)
-        self._note(len(step.ids), time.perf_counter() - begin)
+        self._note(step.tokens, time.perf_counter() - begin)
         self._keep(finished | {span.row for span in spans if span.chooses and len(span.tokens) > 1 + span.guesses})
         self._drop(finished)
 
@@ -272,7 +274,7 @@ def _accept(span: Span, likeliest: list[int], logits: Tensor) -> bool:
             break
         right += 1
     if guesses:
-        row.lookup.note(len(guesses), right, len(row.ids))
+        row.lookup.note(len(guesses), right)
         span.place.filled = min(span.place.filled, len(row.ids) - 1)  # what stands behind was guessed wrong
     return complete
 

@@ -185,6 +185,7 @@ class LiveAdapters:
     def select(self, step: Step) -> None:
         """Say which adapter each token of a step has."""
         numbers = [span.row.adapter for span in step.spans for _ in span.tokens]
+        numbers += [BASE] * (len(step.ids) - len(numbers))
         self._selection.choose(torch.tensor(numbers, device=self.like.device)[:, None] if any(numbers) else None)
 
     def _parts(self, adapter: Adapter) -> Iterator[tuple[str, Part]]:

@@ -42,6 +42,16 @@ def pack(layer: Any) -> Any:
     return PackedLinear(layer) if can_pack(layer.weight.dtype) else layer
 
 
+LEAST_ROWS = 4
+"""Rows from which on a product reads a packed weight at full speed: with one row 14 GB/s, with four 18 (float32, one
+thread of an AVX-512 processor that reads 23)."""
+
+
+def least_rows(weight: Tensor) -> int:
+    """How many rows a product with weights like this should have at least, empty ones included."""
+    return LEAST_ROWS if weight.device.type == "cpu" and can_pack(weight.dtype) else 1
+
+
 @cache
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether packed layers of this dtype work here, by trying one."""

@@ -69,9 +69,9 @@ class Row:
         assert self.place is not None
         return len(self.ids) - self.place.filled
 
-    def draft(self) -> list[int]:
+    def draft(self, free: int) -> list[int]:
         """Guesses for the tokens after the next one; see `PromptLookup`."""
-        return self.lookup.draft(self.ids, self.most_tokens - len(self.ids) - 1)
+        return self.lookup.draft(self.ids, free, self.most_tokens - len(self.ids) - 1)
 
     def cancel(self) -> None:
         self._cancelled.set()

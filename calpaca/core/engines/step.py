@@ -48,10 +48,11 @@ class Span:
 class Step:
     """The tokens of a forward pass: `ids` and `positions` [tokens], `outputs`, the indices of those that give logits.
 
-    `spans` are in the order in which their tokens lie.
+    `spans` are in the order in which their tokens lie. Where they have fewer than `least` tokens, or logits, others are
+    added at the end, of which nothing is kept.
     """
 
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+    def __init__(self, spans: Sequence[Span], device: torch.device, least: int = 1) -> None:
         import torch
 
         self.spans = sorted(spans, key=_order)
@@ -62,6 +63,11 @@ class Step:
             ids += span.tokens
             positions += range(span.place.filled, span.place.filled + len(span.tokens))
             outputs += range(len(ids) - span.outputs, len(ids))
+        self.tokens = len(ids)
+        self._added = max(least - len(ids), 0)
+        ids += [0] * self._added
+        positions += [0] * self._added
+        outputs += outputs[-1:] * (least - len(outputs))
         self.ids = torch.tensor(ids, device=device)
         self.positions = torch.tensor(positions, device=device)
         self.outputs = torch.tensor(outputs, dtype=torch.long, device=device)
@@ -94,6 +100,8 @@ class Step:
             for section in self._sections
             for part in section.attend(layer, queries, keys, values, scale=scale, window=window)
         ]  # fmt: skip
+        if self._added:
+            parts.append(queries.new_zeros(self._added, *queries.shape[1:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def finish(self) -> None:
