@@ -79,6 +79,8 @@ GQA = Params(n_kv_heads=2, vocab_size=103)
 LLAMA3 = Params(n_kv_heads=8, rope_theta=500_000.0, use_scaled_rope=True, vocab_size=104)
 EIGHT_BY_SIXTEEN = Params(n_heads=16, n_kv_heads=8, dim=128, intermediate=256, vocab_size=1003)  # not divisible by 8
 
+MP16 = Params(n_heads=32, n_kv_heads=8, dim=256, rope_theta=500_000.0, use_scaled_rope=True, vocab_size=112)
+
 AXES = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0}
 
 
@@ -130,6 +132,10 @@ def save_parts(folder: Path, weights: dict[str, Tensor], params: Params, parts: 
             axis = axis_of(name, params)
             if axis is None:
                 part[name] = whole.clone()
+                continue
+            if name.split(".")[-2] in {"wk", "wv"} and parts > params.n_kv_heads:
+                heads = whole.chunk(params.n_kv_heads)  # Meta's replication: neighbouring parts hold one head
+                part[name] = heads[number * params.n_kv_heads // parts].clone()
                 continue
             share = whole.shape[axis] // parts
             sizes = [share] * (parts - 1) + [whole.shape[axis] - share * (parts - 1)]
@@ -243,6 +249,8 @@ SHAPES = [
     pytest.param(LLAMA3, 1, id="llama3-1"),
     pytest.param(LLAMA3, 2, id="llama3-2"),
     pytest.param(LLAMA3, 8, id="llama3-8"),
+    pytest.param(MP16, 16, id="llama3-405b-16"),
+    pytest.param(GQA, 8, id="gqa-8-of-2"),
 ]
 
 
@@ -488,6 +496,25 @@ def test_parts_of_different_types_are_refused(original: Path, tmp_path: Path) ->
     assert "is F16 in consolidated.00.pth, but BF16 in consolidated.01.pth" in refusal(original, CorruptFileError)
 
 
+def test_parts_that_should_hold_the_same_key_value_head_are_compared(convert: Convert, tmp_path: Path) -> None:
+    folder = save_parts(tmp_path / "original", random_weights(GQA, torch.float16), GQA, 4)
+    part = torch.load(folder / "consolidated.03.pth", weights_only=True)
+    part["layers.1.attention.wv.weight"][3, 5] += 1
+    torch.save(part, folder / "consolidated.03.pth")
+    message = r"consolidated.02.pth: layers.1.attention.wv.weight and consolidated.03.pth: .* the same key-value head"
+    with pytest.raises(CorruptFileError, match=message):
+        convert(folder, "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_parts_with_shared_heads_are_shared_out_anew(convert: Convert, tmp_path: Path) -> None:
+    original = save_parts(tmp_path / "original", random_weights(MP16, torch.bfloat16), MP16, 16)
+    eight = save_parts(tmp_path / "eight", random_weights(MP16, torch.bfloat16), MP16, 8)
+    written = convert(original, "written", form="pth", parts=8)
+    for file in sorted(eight.glob("*.pth")):
+        assert same_bytes(torch.load(file, weights_only=True), torch.load(written / file.name, weights_only=True))
+
+
 def test_a_truncated_part_is_named(original: Path) -> None:
     file = original / "consolidated.01.pth"
     file.write_bytes(file.read_bytes()[:-5000])
@@ -541,7 +568,7 @@ def test_missing_params_are_asked_for(original: Path) -> None:
 def test_a_number_of_parts_that_does_not_divide_the_heads_lists_those_that_do(folder: Path, smollm2: Path) -> None:
     assert "one of 1, 2, 4, 8" in refusal(folder, UsageError, form="pth", parts=3)
     assert "9 heads and 3 key-value heads" in (message := refusal(smollm2, UsageError, form="pth", parts=8))
-    assert "one of 1, 3" in message
+    assert "one of 1, 3, 9" in message
 
 
 def test_a_model_with_biases_has_no_pth_form(qwen2_folder: Path) -> None:

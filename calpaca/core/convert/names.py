@@ -12,10 +12,12 @@ Rotary = Literal["heads", "kv_heads"]
 @dataclass(frozen=True)
 class Layout:
     """`axis` is the dimension along which parts divide a tensor, None where each part has all of it. Rows of a
-    `rotary` tensor stand in another order in each form, and `rotary` says how many heads it has."""
+    `rotary` tensor stand in another order in each form, and `rotary` says how many heads it has. Where there are more
+    parts than key-value heads, a `repeated` tensor has each head in several parts."""
 
     axis: Literal[0, 1] | None
     rotary: Rotary | None = None
+    repeated: bool = False
 
 
 EMBEDDINGS, OUTPUT, NORM = "tok_embeddings.weight", "output.weight", "norm.weight"
@@ -24,8 +26,8 @@ HF_EMBEDDINGS, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _ENDS = {EMBEDDINGS: HF_EMBEDDINGS, NORM: "model.norm.weight", OUTPUT: HF_OUTPUT}
 _IN_LAYER = {
     "attention.wq": ("self_attn.q_proj", Layout(0, "heads")),
-    "attention.wk": ("self_attn.k_proj", Layout(0, "kv_heads")),
-    "attention.wv": ("self_attn.v_proj", Layout(0)),
+    "attention.wk": ("self_attn.k_proj", Layout(0, "kv_heads", repeated=True)),
+    "attention.wv": ("self_attn.v_proj", Layout(0, repeated=True)),
     "attention.wo": ("self_attn.o_proj", Layout(1)),
     "feed_forward.w1": ("mlp.gate_proj", Layout(0)),
     "feed_forward.w2": ("mlp.down_proj", Layout(1)),

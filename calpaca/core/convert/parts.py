@@ -1,12 +1,14 @@
 """Original checkpoints in parts: read as whole tensors under Hugging Face names, and laid out from such tensors.
 
-Each part holds a slice of every matrix, along its rows or its columns, for one of the devices that ran the model.
+Each part holds a slice of every matrix, along its rows or its columns, for one of the devices that ran the model. A
+device needs a whole key-value head, so where there are fewer heads than parts (Llama 3.1 405B: 8 in 16), neighbouring
+parts hold the same one, the head that their queries attend with.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain, pairwise
@@ -68,6 +70,7 @@ def open_original(folder: Path) -> OriginalCheckpoint:
     shapes = _whole_shapes(folder, parts)
     _check_count(folder, len(parts), shapes)
     architecture = from_params(params, shapes, str(folder))
+    shapes = _without_copies(shapes, architecture, len(parts))
     check_shapes(architecture, shapes, str(folder))
     tensors = {
         tensor.name: tensor for name in names(architecture.layers) for tensor in [_join(name, parts, architecture)]
@@ -156,6 +159,20 @@ def _whole_shape(name: str, shapes: Sequence[tuple[int, ...]], embedding_axis: L
     return whole
 
 
+def _copies(found: Architecture, parts: int) -> int:
+    """How many parts hold the same key-value head."""
+    return parts // found.kv_heads if parts > found.kv_heads and parts % found.kv_heads == 0 else 1
+
+
+def _without_copies(shapes: Shapes, found: Architecture, parts: int) -> Shapes:
+    """Shapes of the joined tensors with each key-value head once."""
+    copies, axis = _copies(found, parts), found.embedding_axis
+    return {
+        name: (shape[0] // copies, *shape[1:]) if layout(name, axis).repeated else shape
+        for name, shape in shapes.items()
+    }
+
+
 def _check_count(folder: Path, parts: int, shapes: Shapes) -> None:
     """A missing last part shows in the attention's rows, which should be as many as the model is wide."""
     there, hidden = shapes["layers.0.attention.wq.weight"][0], shapes[NORM][0]
@@ -177,6 +194,9 @@ def _join(name: str, parts: Sequence[Checkpoint], found: Architecture) -> Planne
     if lies.axis is None or (len(parts) == 1 and lies.rotary is None):
         return replace(slices[0], name=new_name)
     files = parts[0].path.name if len(parts) == 1 else f"{parts[0].path.name} … {parts[-1].path.name}"
+    if lies.repeated:
+        copies = _copies(found, len(parts))
+        slices = [_agreed(slices[number : number + copies]) for number in range(0, len(parts), copies)]
     return PlannedTensor(new_name, slices[0].dtype, shape, partial(_joined, slices, lies, found), f"{files}: {name}")
 
 
@@ -185,6 +205,23 @@ def _joined(slices: Sequence[PlannedTensor], lies: Layout, found: Architecture) 
         return beside([each.chunks() for each in slices], [row_size(each) for each in slices])
     chunks = chain.from_iterable(each.chunks() for each in slices)
     return chunks if lies.rotary is None else halves(chunks, found.head_dim, row_size(slices[0]))
+
+
+def _agreed(slices: Sequence[PlannedTensor]) -> PlannedTensor:
+    """The slice that several parts hold. Raises CorruptFileError, when it is read, where they do not hold the same."""
+    if len(slices) == 1:
+        return slices[0]
+
+    def chunks() -> Iterator[Buffer]:
+        for pieces in zip(*(each.chunks() for each in slices), strict=True):
+            if any(piece != pieces[0] for piece in pieces[1:]):
+                raise CorruptFileError(
+                    f"{slices[0].origin} and {slices[-1].origin} differ, but hold the same key-value head.",
+                    "Take all parts from one checkpoint.",
+                )
+            yield pieces[0]
+
+    return replace(slices[0], chunks=chunks, copy_of=None)
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------
@@ -253,11 +290,14 @@ def _originals(
 
 
 def _check_parts(found: Architecture, parts: int) -> None:
-    divisors = [n for n in range(1, found.kv_heads + 1) if found.kv_heads % n == 0 and found.heads % n == 0]
-    if parts not in divisors:
+    """Each part gets as many heads as the others, and whole key-value heads: its own, or one that it shares."""
+    possible = [
+        n for n in range(1, found.heads + 1) if found.heads % n == 0 and 0 in {found.kv_heads % n, n % found.kv_heads}
+    ]
+    if parts not in possible:
         raise UsageError(
             f"{parts} parts cannot share {found.heads} heads and {found.kv_heads} key-value heads evenly.",
-            f"Use --parts with one of {', '.join(map(str, divisors))}.",
+            f"Use --parts with one of {', '.join(map(str, possible))}.",
         )
 
 
@@ -266,7 +306,8 @@ def _slice(name: str, tensor: PlannedTensor, number: int, parts: int, found: Arc
     lies = layout(name, found.embedding_axis)
     if lies.axis is None or (parts == 1 and lies.rotary is None):
         return replace(tensor, name=name)
-    start, stop = _bounds(tensor.shape[lies.axis], parts)[number]
+    copies = _copies(found, parts) if lies.repeated else 1
+    start, stop = _bounds(tensor.shape[lies.axis], parts // copies)[number // copies]
     make: Callable[[], Iterable[Buffer]]
     if lies.axis == 1:
         item = SIZES[tensor.dtype]
