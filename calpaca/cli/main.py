@@ -22,6 +22,7 @@ from calpaca.plugins.commands import PluginCommand, plugin_commands
 
 COMMANDS = {
     "run": ("calpaca.cli.run:run", "Run an app, or list the installed ones."),
+    "chat": ("calpaca.cli.chat:chat", "Talk with a model."),
     "generate": ("calpaca.cli.generate:generate", "Answer one instruction, or a file of them."),
     "models": (
         "calpaca.cli.models:models",

@@ -17,6 +17,7 @@ from calpaca.core.spec import ModelSpec, is_address
 
 if TYPE_CHECKING:
     from calpaca.core.model import Model
+    from calpaca.core.sessions import Sessions
 
 
 class Runtime:
@@ -39,6 +40,7 @@ class Runtime:
         self._embedders: dict[str, Embedder] = {}
         self._lock = threading.RLock()
         self._jobs: Ledger | None = None
+        self._sessions: Sessions | None = None
 
     @property
     def jobs(self) -> Ledger:
@@ -47,6 +49,16 @@ class Runtime:
             if self._jobs is None:
                 self._jobs = Ledger(data_dir() / "jobs.sqlite")
             return self._jobs
+
+    @property
+    def sessions(self) -> Sessions:
+        """The conversations that are kept."""
+        from calpaca.core.sessions import Sessions
+
+        with self._lock:
+            if self._sessions is None:
+                self._sessions = Sessions(data_dir() / "sessions.sqlite")
+            return self._sessions
 
     def spec(self, model: ModelSpec | str | None = None) -> ModelSpec:
         """A spec with the settings applied: a name from `[models]`, the default model, device and engine."""

@@ -1,0 +1,147 @@
+"""`calpaca chat`: a conversation with a model, kept as a session."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+import click
+from pydantic import Field
+
+from calpaca.cli.answer import AnswerPrinter
+from calpaca.cli.failure import report
+from calpaca.cli.flags import flags, group_of
+from calpaca.cli.run import AppCommand, answers_only, shared_runtime, was_typed
+from calpaca.core.errors import CalpacaError, SessionError, UsageError
+from calpaca.plugins.options import ModelOptions, SamplingOptions, read_options
+
+if TYPE_CHECKING:
+    from calpaca.core.conversation import Conversation
+    from calpaca.core.runtime import Runtime
+    from calpaca.core.sessions import Session
+
+_HISTORY_LINES = 1000
+
+
+class ChatOptions(ModelOptions, SamplingOptions):
+    """What `calpaca chat` is told."""
+
+    plain: bool = Field(False, description="Line by line; works in a pipe. The only form so far.")
+    session: str | None = Field(None, description="A session to go on with, by title or id; a new title begins one.")
+    system: str | None = Field(None, description="System text that a new session begins with.")
+    single_turn: bool = Field(False, description="Answer each line by itself, without those before it.")
+    context: Literal["error", "drop", "summarise"] = Field(
+        "drop", description="What happens to old turns that the context has no room for."
+    )
+
+
+@click.pass_context
+def _chat(ctx: click.Context, /, **values: Any) -> int:
+    typed = {name: value for name, value in values.items() if was_typed(ctx, name)}
+    as_json = typed.pop("_json", False)
+    try:
+        options = read_options(ChatOptions, typed, "chat")
+    except UsageError as error:
+        raise UsageError(error.message, "See: calpaca chat --help") from error
+    assert isinstance(options, ChatOptions)
+    runtime = shared_runtime()
+    with answers_only() as out, _line_history():
+        return _talk(_conversation(options, runtime), out, as_json=as_json, alone=options.single_turn)
+
+
+def _conversation(options: ChatOptions, runtime: Runtime) -> Conversation:
+    from calpaca.core.conversation import Conversation
+
+    sampling = options.sampling(runtime.settings)
+    runtime.attaches = runtime.settings.attach
+    session = _session(options, runtime)
+    model = runtime.model(options.spec())
+    return Conversation(session, model, sampling, options.context)
+
+
+def _session(options: ChatOptions, runtime: Runtime) -> Session:
+    """The session that is named, or a new one. Raises UsageError for a system text that would come too late."""
+    setup = options.model_dump(mode="json", exclude_defaults=True, exclude={"session", "plain"})
+    if options.session is not None:
+        with suppress(SessionError):
+            session = runtime.sessions.find(options.session)
+            if options.system is not None:
+                raise UsageError(
+                    f"The session '{options.session}' has begun already.", "Leave --system out, or name a new session."
+                )
+            return session
+    session = runtime.sessions.new(setup, options.session or "")
+    if options.system is not None:
+        session.add("system", options.system)
+    return session
+
+
+def _talk(conversation: Conversation, out: TextIO, *, as_json: bool, alone: bool) -> int:
+    """Answer the lines of stdin until a blank one; the exit code of the last answer that failed, or 0."""
+    code = 0
+    for line in _lines():
+        if alone:
+            conversation.begin_anew()
+        printer = AnswerPrinter(out, sys.stderr, answer="answer", as_json=as_json, indent=None)
+        try:
+            with closing(conversation.ask(line)) as events:
+                printer.show(events)
+        except CalpacaError as error:
+            code = report(error)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            click.echo("\n[stopped; what there was of it is kept]", err=True)
+    return code
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, until a blank line or the end; on a terminal with a prompt and the keys of readline."""
+    asks = sys.stdin is not None and sys.stdin.isatty()
+    while sys.stdin is not None:
+        try:
+            line = input("> ") if asks else sys.stdin.readline()
+        except EOFError:
+            click.echo(err=True)
+            return
+        if not line.strip():
+            return
+        yield line.strip()
+
+
+@contextmanager
+def _line_history() -> Iterator[None]:
+    """Lines typed at the prompt can be called up again, also those of earlier chats."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        yield
+        return
+    import readline
+
+    from calpaca.core.paths import data_dir
+
+    file = data_dir() / "chat_history"
+    with suppress(OSError):
+        readline.read_history_file(file)
+    try:
+        yield
+    finally:
+        readline.set_history_length(_HISTORY_LINES)
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)
+
+
+_JSON = click.Option(["_json", "--json"], is_flag=True, help="Print one JSON object for each answer.")
+
+chat = AppCommand(
+    "chat",
+    params=[*(flag for flag in flags("chat", ChatOptions) if flag.name != "embedding"), _JSON],
+    callback=_chat,
+    help="""Talk with a model. A blank line ends.
+
+    Each conversation is kept as a session while it is held; --session goes on with one.
+    """,
+    groups={name: group_of(ChatOptions, name) for name in ChatOptions.model_fields},
+)

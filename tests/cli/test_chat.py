@@ -1,0 +1,93 @@
+"""`calpaca chat --plain` on real weights."""
+
+import os
+import pty
+import signal
+import time
+
+import pytest
+
+from calpaca.core.sessions import Sessions
+
+MODEL = ("--plain", "--model", "smollm2-135m-instruct", "--dtype", "float32")
+PARIS = "What is the capital of France?"
+
+
+@pytest.fixture
+def talk(calpaca, smollm2, tmp_path, monkeypatch):
+    """`talk("line\\nline", "--session", "x")` holds a plain chat, with sessions of its own."""
+    monkeypatch.setenv("CALPACA_DATA", str(tmp_path / "data"))
+    return lambda lines, *arguments: calpaca("chat", *MODEL, "--max-new-tokens", "16", *arguments, stdin=lines)
+
+
+@pytest.fixture
+def sessions(tmp_path) -> Sessions:
+    return Sessions(tmp_path / "data" / "sessions.sqlite")
+
+
+def test_lines_are_answered_until_a_blank_one_and_kept(talk, sessions):
+    result = talk(f"{PARIS}\n\nnever asked\n")
+    assert (result.code, result.out) == (0, "The capital of France is Paris.\n")
+    (record,) = sessions.records()
+    assert (record.title, record.messages) == (PARIS, 2)
+    assert record.setup["model"] == "smollm2-135m-instruct"
+
+
+def test_a_session_is_gone_on_with_by_its_title(talk, sessions):
+    talk(PARIS, "--session", "France", "--system", "You know geography.")
+    again = talk("And of Italy?", "--session", "France", "--json")
+    assert again.json["context"]["dropped"] == 0
+    path = sessions.find("France").path()
+    assert [message.role for message in path] == ["system", "user", "assistant", "user", "assistant"]
+    refused = talk("x", "--session", "France", "--system", "Other.")
+    assert (refused.code, "has begun already" in refused.err) == (2, True)
+
+
+def test_with_single_turn_each_line_stands_alone(talk, sessions):
+    first, second = talk(f"{PARIS}\n{PARIS}\n", "--single-turn").out.splitlines()
+    assert first == second == "The capital of France is Paris."
+    assert len(sessions.find(PARIS).path()) == 2
+
+
+def test_a_line_that_cannot_be_answered_is_told_and_the_next_one_is_answered(talk):
+    result = talk("long " * 9000 + f"\n{PARIS}\n", "--context", "error")
+    assert result.code == 3
+    assert "the context holds 8192" in result.err
+    assert result.out == "The capital of France is Paris.\n"
+
+
+@pytest.mark.slow
+def test_on_a_terminal_ctrl_c_stops_the_answer_and_a_kill_loses_nothing_that_was_shown(smollm2, tmp_path):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"CALPACA_DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}
+        os.execlp("calpaca", "calpaca", "chat", *MODEL, "--session", "long")
+    _read_until(terminal, "> ")
+    os.write(terminal, b"Write a very long story about a llama.\n")
+    _read_until(terminal, "llama.\r\n", "the")
+    os.write(terminal, b"\x03")
+    _read_until(terminal, "[stopped; what there was of it is kept]", "> ")
+    os.write(terminal, b"Write another one.\n")
+    shown = _read_until(terminal, "one.\r\n", "the").partition("one.\r\n")[2]
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    path = Sessions(tmp_path / "data" / "sessions.sqlite").find("long").path()
+    assert [(message.role, message.complete) for message in path] == [
+        ("user", True),
+        ("assistant", False),
+        ("user", True),
+        ("assistant", False),
+    ]
+    assert path[-1].content.startswith(shown.replace("\r\n", "\n").rstrip())
+
+
+def _read_until(terminal: int, *texts: str) -> str:
+    """What the program writes until it has written all of these, one after the other."""
+    seen, until = "", time.monotonic() + 120
+    at = 0
+    for text in texts:
+        while text not in seen[at:]:
+            assert time.monotonic() < until, seen
+            seen += os.read(terminal, 4096).decode(errors="replace")
+        at = seen.index(text, at) + len(text)
+    return seen
