@@ -201,44 +201,64 @@ def lookup(bench: Bench) -> None:
 
 @scenario
 def grounded(bench: Bench) -> None:
-    """Questions about paragraphs of XQuAD, answered in a few words and by quoting, with guesses and without.
+    """Questions about documents, with guesses and without: as retrieval_qa asks them, in a few words, and by quoting.
 
-    Answers end where the model ends them.
+    Answers end where the model ends them. Measured is the answer, from its first token on, and with it the reading of
+    the prompt, which guesses cannot make shorter.
     """
-    for style, task in STYLES.items():
-        requests = [Request(prompt, Sampling(max_new_tokens=64)) for prompt in _questions(bench, task)]
-        plain, guessed = Clock(), Clock()
-        bench.engine._eos_ids = bench.eos_ids
-        for _ in range(bench.rounds + 1):
-            guessed.measure(lambda asked=requests: [bench.run([request]) for request in asked])
-            with without_guesses():
-                plain.measure(lambda asked=requests: [bench.run([request]) for request in asked])
+    bench.engine._eos_ids = bench.eos_ids
+    for style, prompts in _questions(bench).items():
+        requests = [Request(prompt, Sampling(max_new_tokens=64)) for prompt in prompts]
         bench.engine.batch.prefixes.clear()
-        answers = [bench.engine.submit(request).result() for request in requests]
-        bench.engine._eos_ids = frozenset()
-        tokens = statistics.mean(answer.usage.completion_tokens for answer in answers)
-        prompts = statistics.mean(answer.usage.prompt_tokens for answer in answers)
-        bench.report(
-            f"grounded, {style} ({prompts:.0f} tokens asked, {tokens:.0f} answered): without guesses over with",
-            plain, guessed,
-        )  # fmt: skip
+        reading = sum(_measure(bench, request)[0] for request in requests)
+        plain, guessed = [], []
+        for _ in range(bench.rounds):
+            guessed.append(sum(_measure(bench, request)[1] for request in requests))
+            with without_guesses():
+                plain.append(sum(_measure(bench, request)[1] for request in requests))
+        answer = statistics.median(a / b for a, b in zip(plain, guessed, strict=True))
+        whole = statistics.median((reading + a) / (reading + b) for a, b in zip(plain, guessed, strict=True))
+        print(f"grounded, {style}: processor time without guesses over with {answer:.2f}, reading included {whole:.2f}")
+    bench.engine._eos_ids = frozenset()
 
 
-QUESTIONS = 5
-"""Each is answered (rounds + 1) x 2 styles x 2 times, one by one: on one core that has to end within two minutes."""
+def _measure(bench: Bench, request: Request) -> tuple[float, float]:
+    """Seconds of processor time to the first piece of an answer, and from there to its end."""
+    begin = time.process_time()
+    pieces = iter(bench.engine.submit(request))
+    next(pieces)
+    first = time.process_time()
+    for _ in pieces:
+        pass
+    return first - begin, time.process_time() - first
 
-STYLES = {
-    "a few words": "Answer in a few words.",
-    "a quoted sentence": "Answer by quoting, word by word, the sentences of the text that tell it.",
-}
+
+QUESTIONS = 6
+"""For each style."""
 
 
-def _questions(bench: Bench, task: str) -> Iterator[tuple[int, ...]]:
-    """Prompts with the first question of each of some articles."""
+def _questions(bench: Bench) -> dict[str, list[tuple[int, ...]]]:
+    """Prompts by style, each with a question about two paragraphs of an article."""
+    from calpaca_retrieval_qa.excerpt import excerpt
+    from calpaca_retrieval_qa.prompts import load_prompts
+
+    texts: dict[str, list[str]] = {"as retrieval_qa asks": [], "in a few words": [], "by quoting": []}
+    stuff = load_prompts("en").stuff
     for article in json.loads(XQUAD.read_text("utf-8"))["data"][:QUESTIONS]:
-        paragraph = article["paragraphs"][0]
-        text = f"{paragraph['context']}\n\n{paragraph['qas'][0]['question']} {task}"
-        yield tuple(bench.engine.encode(bench.engine.template.parts([{"role": "user", "content": text}])))
+        passages = [paragraph["context"] for paragraph in article["paragraphs"][:2]]
+        question = article["paragraphs"][0]["qas"][0]["question"]
+        context = "\n\n".join(passages)
+        asked = stuff.invoke({"context": context, "excerpt": excerpt(question, passages), "question": question})
+        texts["as retrieval_qa asks"].append(str(asked.to_messages()[-1].content))
+        texts["in a few words"].append(f"{context}\n\n{question} Answer in a few words.")
+        texts["by quoting"].append(
+            f"{context}\n\n{question} Answer by quoting, word by word, what the text says of it."
+        )
+    return {style: [_encode(bench, text) for text in each] for style, each in texts.items()}
+
+
+def _encode(bench: Bench, text: str) -> tuple[int, ...]:
+    return tuple(bench.engine.encode(bench.engine.template.parts([{"role": "user", "content": text}])))
 
 
 @scenario

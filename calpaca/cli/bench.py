@@ -52,7 +52,16 @@ def engines(
     Each engine runs in a process of its own. The result is kept for this machine and this model.
     """
     from calpaca.core.engine_bench import measure
-    from calpaca.core.engine_choice import check_engines, local_engines, machine, model_key, record_measurements
+    from calpaca.core.engine_choice import (
+        PURPOSES,
+        check_engines,
+        comparable,
+        fastest,
+        local_engines,
+        machine,
+        model_key,
+        record_measurements,
+    )
     from calpaca.core.files import find_files
     from calpaca.core.spec import AdapterSpec, ModelSpec
 
@@ -70,11 +79,16 @@ def engines(
         from calpaca.core.engine_plot import plot_throughput
 
         plot_throughput(measurements, plot, f"{files.name} on {machine()}")
+    usable = comparable(files, runtime)
+    auto = {purpose: fastest(usable, purpose) for purpose in PURPOSES} if usable else {}
     if as_json:
-        result = {"machine": machine(), "model": files.name, "engines": [asdict(each) for each in measurements]}
+        engines = [asdict(each) for each in measurements]
+        result = {"machine": machine(), "model": files.name, "engines": engines, "auto": auto}
         click.echo(json.dumps(result, ensure_ascii=False, indent=2))
     else:
         click.echo(_table(measurements, sorted(set(streams))))
+        if auto:
+            click.echo(f"--engine auto now takes {auto['chat']} for one request at a time, {auto['load']} for many.")
     if all(each.error for each in measurements):
         raise SystemExit(1)
 

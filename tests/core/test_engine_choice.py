@@ -97,6 +97,15 @@ def test_quantized_weights_are_not_chosen_for_their_speed(runtime, model):
     assert choose_engine(model, runtime) == "transformers"
 
 
+def test_a_file_that_was_given_quantized_may_be_run_as_it_is(runtime, smollm2_gguf, smollm2):
+    given = ModelFiles("model", ModelSpec(model=str(smollm2_gguf)), smollm2, (), smollm2, None)
+    for weights, chosen in (("Q4_1", "busy"), ("Q4_0", "transformers")):
+        record_measurements(
+            model_key(given), [CHATTY, replace(BUSY, tokens_per_second={1: 999.0}, details={"weights": weights})]
+        )
+        assert choose_engine(given, runtime) == chosen
+
+
 def test_a_damaged_file_counts_as_nothing_measured(runtime, model):
     record_measurements(model_key(model), [BUSY])
     (data_dir() / "engines.json").write_text("{")
