@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -119,6 +122,36 @@ def test_llama_cpp_gives_the_same_ids_and_answers(smollm2_f16: tuple[Path, Any],
             answer = model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False, pad_token_id=0)
             greedy = {"prompt": ids, "n_predict": 16, "temperature": 0, "return_tokens": True}
             assert ask("/completion", greedy)["tokens"] == answer[0, len(ids) :].tolist()
+
+
+@pytest.fixture
+def quantizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp's quantizer on the PATH: the program, or its library called by a program of ours."""
+    if shutil.which("llama-quantize"):
+        return
+    if not Path(os.environ.get("LIBLLAMA", "")).is_file():
+        pytest.skip("neither llama-quantize on the PATH nor a library of llama.cpp in LIBLLAMA (llama_quantize.py)")
+    program = tmp_path / "bin" / "llama-quantize"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "llama_quantize.py"} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["q4_k_m", "q6_k"])
+def test_k_quants_of_llama_cpp_itself_keep_ids_and_nearly_all_answers(
+    smollm2: Path, tmp_path: Path, quantizer: None, kind: str
+) -> None:
+    file, check = exported(smollm2, tmp_path / kind, kind, tmp_path / "jobs.sqlite")
+    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert {"q4_k_m": "Q4_K", "q6_k": "Q6_K"}[kind] in types
+    assert check.agreement > 0.8
+    with llama_cpp(file) as ask:
+        check_ids(ask, smollm2, TEXTS)
+        prompt = load_tokenizer(smollm2).encode("The capital of France is", special_tokens=True)
+        answer = ask("/completion", {"prompt": prompt, "n_predict": 3, "temperature": 0})
+        assert "Paris" in answer["content"]
 
 
 @pytest.mark.slow
