@@ -1,0 +1,1 @@
+"""The commands of `calpaca crawl`, one in each file."""
