@@ -135,7 +135,7 @@ def _run(instance: Instance, typed: Mapping[str, Any], *, as_json: bool, verbose
             AnswerPrinter, out, sys.stderr, answer=app.answer, as_json=as_json,
             indent=2 if given is not None else None, verbose=verbose,
         )  # fmt: skip
-        if app.kind == "job":
+        if not hasattr(runner, "stream"):  # a job, or work on an app's answers
             _run_job(runner, printer())
         elif given is not None:
             printer().show(runner.stream(str(given)))

@@ -54,8 +54,8 @@ class App(Component):
 
     `target` is `module:function`, called with (options, runtime); `options` is `module:PydanticModel`. Flags, form
     fields and the JSON schema come from that model. `input` names the option that holds the question or text, `answer`
-    the key of the result that holds the answer. `kind` `answer` returns an AnswerRunner, `job` a JobRunner; `effects`
-    says whether it writes anything a person would miss. Only `answer` apps that only read are served as models.
+    the key of the result that holds the answer. `kind` `answer` returns an AnswerRunner, `job` a JobRunner; an `answer`
+    app returns a JobRunner too where its options ask for work on its answers, such as measuring them. `effects` says whether it writes anything a person would miss. Only `answer` apps that only read are served as models.
     `history` says that the runner's `stream` and `invoke` take the earlier turns of a conversation.
     """
 
@@ -74,10 +74,10 @@ class App(Component):
     def build(self, options: BaseModel, runtime: Runtime) -> Any:
         """Import and call the app's builder."""
         runner = self.load()(options, runtime)
-        wanted = "stream" if self.kind == "answer" else "events"
-        if not callable(getattr(runner, wanted, None)):
+        wanted = ("stream", "events") if self.kind == "answer" else ("events",)
+        if not any(callable(getattr(runner, name, None)) for name in wanted):
             raise PluginError(
-                f"App '{self.name}' is of kind '{self.kind}', but what it built has no {wanted}().",
+                f"App '{self.name}' is of kind '{self.kind}', but what it built has no {wanted[0]}().",
                 "Report this to the plugin's author.",
             )
         return runner
