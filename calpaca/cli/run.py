@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -16,8 +16,10 @@ from calpaca.plugins.instances import Instance, find_instance, instances
 
 if TYPE_CHECKING:
     from calpaca.cli.answer import AnswerPrinter
+    from calpaca.core.events import Event
     from calpaca.core.jobs import JobRecord
     from calpaca.core.runtime import Runtime
+    from calpaca.plugins.app import App, Turn
 
 
 class Apps(click.Group):
@@ -140,9 +142,31 @@ def _run(instance: Instance, typed: Mapping[str, Any], *, as_json: bool, verbose
         elif given is not None:
             printer().show(runner.stream(str(given)))
         else:
-            for number, text in enumerate(_asked_for(str(app.input))):
-                out.write("\n" if number and not as_json else "")
-                printer().show(runner.stream(text))
+            _converse(app, runner, printer, out if not as_json else None)
+
+
+def _converse(app: App, runner: Any, printer: Callable[[], AnswerPrinter], out: TextIO | None) -> None:
+    """Answer line after line, parted by blank lines on `out`. What a person types is one conversation; the lines of a
+    pipe have nothing to do with each other.
+    """
+    turns: list[Turn] | None = [] if app.history and sys.stdin is not None and sys.stdin.isatty() else None
+    for number, text in enumerate(_asked_for(str(app.input))):
+        if out is not None and number:
+            out.write("\n")
+        events = runner.stream(text) if turns is None else runner.stream(text, history=tuple(turns))
+        printer().show(events if turns is None else _noted(events, app, text, turns))
+
+
+def _noted(events: Generator[Event], app: App, text: str, turns: list[Turn]) -> Iterator[Event]:
+    """The same events; the result becomes a turn."""
+    from calpaca.core.events import Result
+
+    with closing(events):
+        for event in events:
+            if isinstance(event, Result):
+                answer = str(event.value.get(app.answer, ""))
+                turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+            yield event
 
 
 @contextmanager

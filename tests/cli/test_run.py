@@ -266,6 +266,46 @@ def test_in_a_terminal_the_prompt_goes_to_stderr_and_ctrl_d_ends(start, shouting
     assert err.decode().count("text> ") == 2
 
 
+REMEMBERING = """
+from calpaca import App, hookimpl
+from calpaca.core.events import Result
+from pydantic import BaseModel
+
+class Options(BaseModel):
+    text: str | None = None
+
+class Runner:
+    def stream(self, text, history=()):
+        said = " ".join(turn["content"] for turn in history)
+        yield Result({"answer": f"{text} after [{said}]"})
+
+@hookimpl
+def register_apps():
+    target = __name__ + ":build"
+    return [App("remember", "Remembers.", target, options=__name__ + ":Options", input="text", history=True)]
+
+def build(options, runtime):
+    return Runner()
+"""
+
+
+def test_in_a_terminal_the_lines_are_one_conversation_and_in_a_pipe_they_are_not(
+    start, calpaca, make_plugin, site
+) -> None:
+    make_plugin("remembering", REMEMBERING)
+    assert calpaca("run", "remember", stdin="a\nb\n").out.split("\n\n") == ["a after []", "b after []\n"]
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "calpaca", "run", "remember"], stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(site)},
+    )  # fmt: skip
+    os.close(slave)
+    os.write(master, b"a\nb\n\n")
+    out, _ = process.communicate(timeout=60)
+    os.close(master)
+    assert out.decode() == "a after []\n\nb after [a a after []]\n"
+
+
 # Jobs -----------------------------------------------------------------------------------------------------------------
 
 
