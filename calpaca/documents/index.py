@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from calpaca.core.paths import cache_dir
 from calpaca.core.registry import Component, Registry
 from calpaca.documents.hybrid import HybridRetriever
 from calpaca.documents.loaders import FoundFiles, find_files, load_file
-from calpaca.documents.manifest import Manifest
+from calpaca.documents.manifest import IndexedChunk, Manifest
+from calpaca.documents.sentences import runs
 from calpaca.documents.splitter import CHUNK_OVERLAP, CHUNK_SIZE, SentenceSplitter
 from calpaca.documents.vectors import PreparedEmbeddings
 
-FORMAT = 2
+FORMAT = 3
 """Part of an index's key. Raised when loaders or splitter change what they make of the same file, or the manifest its
 tables."""
 
@@ -36,13 +38,18 @@ _GROUP = 1024
 """Chunks that are embedded before the store gets them: what is in memory, and how often the index grows."""
 
 
+MOST_SENTENCES = 8
+"""Vectors of sentences that a chunk has at most; in a longer one neighbours share a vector."""
+
+
 @dataclass(frozen=True)
 class _FileChunks:
-    """A file as it is to be in the index."""
+    """A file as it is to be in the index; `texts` are what is embedded of it."""
 
     path: str
     digest: str
     chunks: dict[str, Document]  # by id
+    texts: int
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,8 @@ class _Changes:
         return bool(self.changed or self.gone)
 
     @property
-    def chunks(self) -> int:
-        return sum(len(file.chunks) for file in self.changed)
+    def texts(self) -> int:
+        return sum(file.texts for file in self.changed)
 
     def groups(self) -> Iterator[list[_FileChunks]]:
         """Files that together have about `_GROUP` chunks."""
@@ -75,8 +82,9 @@ class DocumentIndex:
     """Chunks and vectors of some files and folders, made with one embedder and one way of splitting.
 
     Each combination of files, embedder and options has a folder of its own in the cache, so vectors of two embedders
-    never mix. `sync` brings it up to date; `store` is a LangChain VectorStore to search it with; `failed` are the files
-    that the last `sync` could not read.
+    never mix. `sync` brings it up to date; `retriever` searches it, and so does `store`, a LangChain VectorStore;
+    `failed` are the files that the last `sync` could not read. With `sentences` each sentence of a chunk has a vector as
+    well, which finds more and takes about twice the time to index (docs/quality.md).
     """
 
     def __init__(
@@ -88,11 +96,13 @@ class DocumentIndex:
         *,
         chunk_size: int = CHUNK_SIZE,
         chunk_overlap: int = CHUNK_OVERLAP,
+        sentences: bool = True,
     ) -> None:
         self.paths = [Path(path).expanduser() for path in paths]
         self.embedder = embedder
         self.loaders = loaders
         self.store_component = store
+        self.sentences = sentences
         self.splitter = SentenceSplitter(embedder.count_tokens, chunk_size, chunk_overlap)
         self.folder = cache_dir() / "indexes" / self._key()
         self.failed: dict[Path, DocumentError | MissingExtraError] = {}
@@ -106,6 +116,7 @@ class DocumentIndex:
             embedder=self.embedder.fingerprint,
             chunk_size=self.splitter.chunk_size,
             chunk_overlap=self.splitter.chunk_overlap,
+            sentences=self.sentences,
             store=self.store_component.name,
         )
         return key[:20]
@@ -128,9 +139,9 @@ class DocumentIndex:
         return Manifest(self.folder / "manifest.sqlite")
 
     @property
-    def hybrid(self) -> HybridRetriever:
+    def retriever(self) -> HybridRetriever:
         """Search by meaning and by words together."""
-        return HybridRetriever(store=self.store, keywords=self.manifest.search)
+        return HybridRetriever(store=self.store, manifest=self.manifest)
 
     def __len__(self) -> int:
         """Chunks in the index."""
@@ -169,7 +180,7 @@ class DocumentIndex:
                 if known.get(str(path)) != digest:
                     documents = load_file(path, self.loaders)
                     yield from _scanned(path, documents)
-                    changed.append(_FileChunks(str(path), digest, self._chunks(path, documents)))
+                    changed.append(self._file(path, digest, documents))
                 current.add(str(path))
             except (DocumentError, MissingExtraError) as error:
                 if path in found.named:
@@ -183,6 +194,10 @@ class DocumentIndex:
         if found.ignored:
             yield Notice(_ignored(found.ignored))
         return _Changes(changed, sorted(self.manifest.paths() - current))
+
+    def _file(self, path: Path, digest: str, documents: Sequence[Document]) -> _FileChunks:
+        chunks = self._chunks(path, documents)
+        return _FileChunks(str(path), digest, chunks, sum(len(self._texts(chunk)) for chunk in chunks.values()))
 
     def _chunks(self, path: Path, documents: Sequence[Document]) -> dict[str, Document]:
         """Chunks of a file by id. Equal texts of one file are told apart by counting them."""
@@ -208,45 +223,57 @@ class DocumentIndex:
 
     # Writing -------------------------------------------------------------------------------------------------------
     def _apply(self, job: Job, changes: _Changes) -> Iterator[Event]:
-        job.expect(changes.chunks)
+        job.expect(changes.texts)
         for group in changes.groups():
             chunks = {name: chunk for file in group for name, chunk in file.chunks.items()}
-            self._embeddings.prepared = yield from self._embed(job, list(chunks.values()), changes.chunks)
-            self._replace(group, chunks)
+            texts = {name: self._texts(chunk) for name, chunk in chunks.items()}
+            vectors = yield from self._embed(job, dict.fromkeys(chain(*texts.values())), changes.texts)
+            indexed = {
+                name: IndexedChunk(text, np.stack([vectors[each] for each in (text, *sentences)]))
+                for name, (text, *sentences) in texts.items()
+            }
+            self._embeddings.prepared = vectors
+            self._replace(group, chunks, indexed)
             self._embeddings.prepared = {}
-        stale = self.manifest.chunk_ids(changes.gone)
-        self._delete(stale)
-        self.manifest.finish({}, {}, stale, changes.gone)
+        self._delete(self.manifest.chunk_ids(changes.gone))
+        self.manifest.forget(changes.gone)
+
+    def _texts(self, chunk: Document) -> list[str]:
+        """What is embedded of a chunk: its text, then its sentences where it has several and is prose."""
+        text, form = chunk.page_content, chunk.metadata.get("format", "text")
+        parts = runs(text, form, MOST_SENTENCES) if self.sentences and form not in ("code", "rows") else []
+        return [text, *parts] if len(parts) > 1 else [text]
 
     def _embed(
-        self, job: Job, chunks: Sequence[Document], total: int
+        self, job: Job, texts: Iterable[str], total: int
     ) -> Generator[Event, None, Mapping[str, NDArray[np.float32]]]:
         """Vectors by text, from the ledger or the embedder. Texts of like length share a batch: less padding."""
-        ordered = sorted({chunk.page_content: chunk for chunk in chunks}.values(), key=_tokens, reverse=True)
-        texts = [chunk.page_content for chunk in ordered]
+        ordered = sorted(texts, key=_bytes, reverse=True)
         fingerprint = self.embedder.fingerprint
-        keys = [step_key("embedding", fingerprint=fingerprint, text=_sha256(text)) for text in texts]
+        keys = [step_key("embedding", fingerprint=fingerprint, text=_sha256(text)) for text in ordered]
 
         def work(positions: list[int]) -> dict[int, bytes]:
-            vectors = self.embedder.embed_documents([texts[position] for position in positions])
+            vectors = self.embedder.embed_documents([ordered[position] for position in positions])
             rows = zip(positions, vectors, strict=True)
             return {position: vector.astype(np.float32).tobytes() for position, vector in rows}
 
         vectors: dict[str, NDArray[np.float32]] = {}
         for position, value in job.steps("embedding", keys, work, self.embedder.batch_size):
-            vectors[texts[position]] = np.frombuffer(value, np.float32)
-            yield Progress(job.done, total, "chunks", "Embedding")
+            vectors[ordered[position]] = np.frombuffer(value, np.float32)
+            yield Progress(job.done, total, "texts", "Embedding")
         return vectors
 
-    def _replace(self, group: Sequence[_FileChunks], chunks: Mapping[str, Document]) -> None:
+    def _replace(
+        self, group: Sequence[_FileChunks], chunks: Mapping[str, Document], indexed: Mapping[str, IndexedChunk]
+    ) -> None:
         """Put the chunks of some files into the store in place of those it has of them."""
         stale = self.manifest.chunk_ids(file.path for file in group) - chunks.keys()
-        self.manifest.announce({name: file.path for file in group for name in file.chunks})
+        for file in group:
+            self.manifest.announce(file.path, file.chunks)
         if chunks:
             self.store.add_documents(list(chunks.values()), ids=list(chunks))
         self._delete(stale)
-        texts = {name: chunk.page_content for name, chunk in chunks.items()}
-        self.manifest.finish({file.path: file.digest for file in group}, texts, stale)
+        self.manifest.finish({file.path: file.digest for file in group}, indexed, stale)
 
     def _delete(self, names: set[str]) -> None:
         if names:
@@ -267,9 +294,9 @@ def _acquire(lock: FileLock) -> Iterator[Event]:
         ) from error
 
 
-def _tokens(chunk: Document) -> int:
-    tokens: int = chunk.metadata["tokens"]
-    return tokens
+def _bytes(text: str) -> int:
+    """About as many as tokens, in any language."""
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def _digest(path: Path) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
@@ -13,29 +12,12 @@ from langchain_core.vectorstores import VectorStore
 from calpaca.core.errors import UsageError
 from calpaca.core.events import Source
 from calpaca.documents.hybrid import HybridRetriever
+from calpaca.documents.search import Search
+
+__all__ = ["Search", "retrieve"]
 
 _PLACE = {"start", "end", "start_line", "end_line", "index"}
 """What SentenceSplitter says about where a chunk lies."""
-
-
-@dataclass(frozen=True)
-class Search:
-    """How many passages are looked for and how.
-
-    `mmr` takes, of the `fetch_k` most similar, those that repeat each other least; `lambda_mult` 1 is plain similarity,
-    0 the most different.
-    """
-
-    k: int = 4
-    kind: Literal["similarity", "mmr"] = "similarity"
-    fetch_k: int = 20
-    lambda_mult: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise UsageError(f"k is {self.k}.", "Ask for at least one passage, better four.")
-        if not 0.0 <= self.lambda_mult <= 1.0:
-            raise UsageError(f"lambda is {self.lambda_mult}.", "It must be between 0 and 1.")
 
 
 def retrieve(
@@ -47,9 +29,14 @@ def retrieve(
     without, each chunk stays a passage, less what an earlier one holds already.
     """
     if isinstance(origin, HybridRetriever):
-        scored: list[tuple[Document, float | None]] = [*origin.ranked(question, search.k)]
+        scored: list[tuple[Document, float | None]] = [*origin.ranked(question, search)]
     elif isinstance(origin, BaseRetriever):
         scored = [(found, None) for found in origin.invoke(question)[: search.k]]
+    elif search.where or search.kind not in ("similarity", "mmr"):
+        raise UsageError(
+            f"A {type(origin).__name__} cannot be searched by {search.kind} or with a filter.",
+            "Search a DocumentIndex's `retriever`, or by similarity.",
+        )
     elif search.kind == "mmr":
         scored = _diverse(origin, question, search)
     else:

@@ -139,6 +139,14 @@ def _trimmed(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
         yield start + len(part) - len(part.lstrip()), start + len(part.rstrip())
 
 
+def runs(text: str, form: Form, most: int) -> list[str]:
+    """The sentences of a text, headings left out; neighbours together where there are more than `most`."""
+    ranges = [part for block in blocks(text, form) if not block.level for part in sentences(text, block)]
+    size = -(-len(ranges) // most) or 1
+    groups = (ranges[first : first + size] for first in range(0, len(ranges), size))
+    return [text[group[0][0] : group[-1][1]] for group in groups]
+
+
 def pieces(text: str, start: int, end: int) -> list[tuple[int, int]]:
     """An over-long sentence in parts: at clauses, else at words, else in halves."""
     for border in (_CLAUSE_END, _WORD_END):

@@ -32,7 +32,7 @@ def build(options: RetrievalQAOptions, runtime: Runtime) -> RetrievalQA:
     llm = ChatCalpaca.from_model(model, sampling)
     return RetrievalQA(
         llm,
-        index.hybrid if options.search == "hybrid" else index.store,
+        index.retriever,
         strategy=options.strategy,
         search=search,
         cite=options.cite,

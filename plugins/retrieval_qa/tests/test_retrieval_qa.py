@@ -134,7 +134,7 @@ def test_passages_without_room_are_named(document, tmp_path, strategy) -> None:
     runner = build(options(folder, max_new_tokens=100, k=8, chunk_size=30, strategy=strategy), runtime)
     runner.search = Search(k=8)
     long = "The dog likes this a lot. " * 40
-    runner.retriever.add_texts([long], [{"source": "long.txt", "start_line": 7, "end_line": 9}], ids=["long"])
+    runner.retriever.store.add_texts([long], [{"source": "long.txt", "start_line": 7, "end_line": 9}], ids=["long"])
     events = list(runner.stream(QUESTION))
     left_out = [event.text for event in events if isinstance(event, Notice) and event.text.startswith("Left out")]
     assert "long.txt, lines 7-9" in " ".join(left_out)
