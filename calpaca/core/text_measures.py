@@ -19,11 +19,19 @@ _ASCII_SYMBOLS = frozenset("$+<=>^`|~")
 """Punctuation for SQuAD's script, symbols for Unicode."""
 
 
+def words(text: str) -> list[str]:
+    """The words of a text without case and punctuation; each Chinese or Japanese character is one."""
+    return _TOKEN.findall(_plain(text))
+
+
 def answer_tokens(text: str) -> list[str]:
     """The words of a text without case, punctuation and articles; each Chinese or Japanese character is one."""
+    return _TOKEN.findall(_ARTICLE.sub(" ", _plain(text)))
+
+
+def _plain(text: str) -> str:
     folded = unicodedata.normalize("NFKC", text).casefold()
-    plain = "".join(character for character in folded if not _is_punctuation(character))
-    return _TOKEN.findall(_ARTICLE.sub(" ", plain))
+    return "".join(character for character in folded if not _is_punctuation(character))
 
 
 def exact_match(answer: str, references: Sequence[str]) -> bool:
