@@ -57,13 +57,36 @@ class Trained:
         return pytest.approx(torch.log_softmax(logits, dim=-1).topk(5).values.tolist(), abs=1e-4)
 
 
+def prepare(kind: str, model: Any, config: LoraConfig) -> None:
+    """What PEFT needs to see before it makes an adapter: activations (CorDA) or gradients (LoRA-GA)."""
+    ids = torch.tensor([IDS])
+    if kind == "corda":
+        from peft.tuners.lora.config import CordaConfig
+        from peft.tuners.lora.corda import preprocess_corda
+
+        config.corda_config = CordaConfig(corda_method="kpm")
+        preprocess_corda(model, config, run_model=lambda: [model((ids + number) % 2000) for number in range(30)])
+    elif kind == "lora_ga":
+        from peft import LoraGAConfig, preprocess_loraga
+
+        config.lora_ga_config = LoraGAConfig()
+        preprocess_loraga(model, config, model(ids, labels=ids).loss.backward)
+
+
 @pytest.fixture
 def train(base: Path, tmp_path: Path) -> Callable[..., Trained]:
     def make(kind: str, **options: Any) -> Trained:
+        if kind == "loftq":
+            pytest.importorskip("bitsandbytes", reason="PEFT makes LoftQ adapters with bitsandbytes, which is not here")
+            if not torch.cuda.is_available():
+                pytest.skip("PEFT makes LoftQ adapters on CUDA alone")
+            options["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1}
         config = LoraConfig(
             task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights=kind, **options
         )  # fmt: skip
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+        unchanged = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        prepare(kind, unchanged, config)
+        model = get_peft_model(unchanged, config)
         model.save_pretrained(tmp_path / "start")
         with torch.no_grad():
             for name, weight in model.named_parameters():
@@ -97,12 +120,13 @@ def top(engine: TransformersEngine, adapter: str | None = None) -> list[float]:
     return [value for *_, value in answer.logprobs[0].top]
 
 
-@pytest.mark.parametrize("kind", ["pissa", "olora"])
+@pytest.mark.parametrize("kind", ["pissa", "olora", "corda", "lora_ga", "loftq"])
 def test_as_it_was_trained_it_is_refused_live_at_load_and_by_export(
     base: Path, tmp_path: Path, train: Callable[..., Trained], engines, kind: str
 ) -> None:
     train(kind).model.save_pretrained(tmp_path / "trained")
-    message = rf"Adapter \w+ was initialised by {kind}, which changes the base's weights too\..*{CONVERSION}"
+    way = OWN_BASE if kind == "loftq" else CONVERSION
+    message = rf"Adapter \w+ was initialised by {kind}, which changes the base's weights too\..*{way}"
     with pytest.raises(UnsupportedError, match=message):
         engines(base).load_adapter("trained", tmp_path / "trained")
     with pytest.raises(UnsupportedError, match=message):
@@ -113,7 +137,7 @@ def test_as_it_was_trained_it_is_refused_live_at_load_and_by_export(
         )
 
 
-@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"])
 def test_converted_as_the_hint_says_it_computes_live_and_at_load_what_was_trained(
     base: Path, tmp_path: Path, train: Callable[..., Trained], engines, kind: str
 ) -> None:
@@ -128,10 +152,13 @@ def test_converted_as_the_hint_says_it_computes_live_and_at_load_what_was_traine
     assert top(engines(base, tmp_path / "ordinary")) == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"), [("pissa", {"use_rslora": True, "rank_pattern": {"up_proj": 2}}), ("loftq", {})]
+)
 def test_what_peft_cannot_convert_computes_what_was_trained_on_the_base_that_the_hint_has_saved(
-    base: Path, tmp_path: Path, train: Callable[..., Trained], engines
+    base: Path, tmp_path: Path, train: Callable[..., Trained], engines, kind: str, options: dict[str, Any]
 ) -> None:
-    trained = train("pissa", use_rslora=True, rank_pattern={"up_proj": 2})
+    trained = train(kind, **options)
     expected = trained.top()
     trained.model.save_pretrained(tmp_path / "trained")
     with pytest.raises(UnsupportedError, match=f"cannot convert it.*{OWN_BASE}"):
