@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
 import time
+from types import SimpleNamespace
 
 import httpx2
 import openai
@@ -13,6 +15,8 @@ import pytest
 from pydantic import BaseModel
 
 from calpaca.core.engine import Grammar, Sampling
+from calpaca.core.spec import ModelSpec
+from calpaca_openai_api.served import ServedApp, ServedEmbedder, ServedModel
 
 MODEL = "smollm2-135m-instruct"
 EMBEDDING = "multilingual-e5-small"
@@ -276,6 +280,39 @@ async def test_giving_up_on_an_app_stops_its_work(aclient, running, until):
     assert await until(lambda: running.api.admission.running == 1)
     task.cancel()
     assert await until(running.settle)
+
+
+@pytest.mark.parametrize("kind", ["model", "app", "embedding"])
+async def test_giving_up_while_something_is_loaded_for_the_first_time_is_noticed_at_once(
+    running, until, monkeypatch, caplog, kind
+):
+    """The loading itself goes on: the next client wants it."""
+    caplog.set_level("INFO", logger="calpaca.access")
+    begun, loaded = threading.Event(), threading.Event()
+
+    def load(*_: object) -> None:
+        begun.set()
+        loaded.wait(60)
+
+    models = running.api.models
+    if kind == "model":
+        served = ServedModel("late", ModelSpec(model=MODEL), running.runtime)
+        monkeypatch.setattr(served, "load", load)
+    elif kind == "app":
+        served = ServedApp(models.find("app:handbook").instance, {}, running.runtime)
+        served.id = "late"
+        monkeypatch.setattr(served.runs, "_runner", load)
+    else:
+        served = ServedEmbedder("late", EMBEDDING, SimpleNamespace(embedder=load))
+    monkeypatch.setattr(models, "_by_id", {**models._by_id, "late": served})
+    path, fields = ("embeddings", {"input": "a"}) if kind == "embedding" else ("chat/completions", {"messages": USER})
+    async with httpx2.AsyncClient() as client:
+        task = asyncio.create_task(client.post(f"{running.url}/v1/{path}", json={"model": "late", **fields}))
+        assert await until(begun.is_set)
+        task.cancel()
+        assert await until(lambda: running.api.admission.running == 0 and '"status": 499' in caplog.text, 3)
+    assert not loaded.is_set()
+    loaded.set()
 
 
 def test_many_clients_that_go_away_at_once_leave_nothing_behind(running):
