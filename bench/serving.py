@@ -201,7 +201,7 @@ def lookup(bench: Bench) -> None:
 
 @scenario
 def grounded(bench: Bench) -> None:
-    """Questions about documents, with guesses and without: as retrieval_qa asks them, in a few words, and by quoting.
+    """Questions about documents, with guesses and without: as retrieval_qa asks, in a few words, by quoting.
 
     Answers end where the model ends them. Measured is the answer, from its first token on, and with it the reading of
     the prompt, which guesses cannot make shorter.
@@ -234,27 +234,43 @@ def _measure(bench: Bench, request: Request) -> tuple[float, float]:
 
 
 QUESTIONS = 6
-"""For each style."""
+"""About articles of XQuAD, for each style; each with two paragraphs."""
+
+HANDBOOK = {
+    "Who founded the observatory and when?": "## 1. A short history",
+    "How was the first real telescope paid for?": "## 1. A short history",
+    "How is the mirror cleaned?": "### 2.1 The main telescope",
+    "Which telescope do visitors use?": "### 2.2 The small telescopes",
+}
+"""Questions about examples/handbook.md, and the heading of the section that answers them."""
 
 
 def _questions(bench: Bench) -> dict[str, list[tuple[int, ...]]]:
-    """Prompts by style, each with a question about two paragraphs of an article."""
-    from calpaca_retrieval_qa.excerpt import excerpt
-    from calpaca_retrieval_qa.prompts import load_prompts
-
-    texts: dict[str, list[str]] = {"as retrieval_qa asks": [], "in a few words": [], "by quoting": []}
-    stuff = load_prompts("en").stuff
+    """Prompts by style."""
+    texts: dict[str, list[str]] = {"retrieval_qa on XQuAD": [], "in a few words": [], "by quoting": []}
     for article in json.loads(XQUAD.read_text("utf-8"))["data"][:QUESTIONS]:
         passages = [paragraph["context"] for paragraph in article["paragraphs"][:2]]
-        question = article["paragraphs"][0]["qas"][0]["question"]
-        context = "\n\n".join(passages)
-        asked = stuff.invoke({"context": context, "excerpt": excerpt(question, passages), "question": question})
-        texts["as retrieval_qa asks"].append(str(asked.to_messages()[-1].content))
+        question, context = article["paragraphs"][0]["qas"][0]["question"], "\n\n".join(passages)
+        texts["retrieval_qa on XQuAD"].append(_retrieval_qa(question, passages))
         texts["in a few words"].append(f"{context}\n\n{question} Answer in a few words.")
         texts["by quoting"].append(
             f"{context}\n\n{question} Answer by quoting, word by word, what the text says of it."
         )
+    handbook = (Path(__file__).parents[1] / "examples/handbook.md").read_text("utf-8")
+    texts["retrieval_qa on the handbook"] = [
+        _retrieval_qa(question, [f"{heading}{handbook.partition(heading)[2][:1500]}"])
+        for question, heading in HANDBOOK.items()
+    ]
     return {style: [_encode(bench, text) for text in each] for style, each in texts.items()}
+
+
+def _retrieval_qa(question: str, passages: list[str]) -> str:
+    """What the app sends."""
+    from calpaca_retrieval_qa.excerpt import excerpt
+    from calpaca_retrieval_qa.prompts import load_prompts
+
+    found = {"context": "\n\n".join(passages), "excerpt": excerpt(question, passages), "question": question}
+    return str(load_prompts("en").stuff.invoke(found).to_messages()[-1].content)
 
 
 def _encode(bench: Bench, text: str) -> tuple[int, ...]:

@@ -6,23 +6,20 @@ there are: x·Aᵀ for all ranks, those of other rows' adapters set to 0, and th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
-from typing import TYPE_CHECKING, Any
+from itertools import count, groupby
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calpaca.core.adapters import Adapter, check_adapters
 from calpaca.core.engines.decoder import Decoder, Part
-from calpaca.core.engines.packed import linear
+from calpaca.core.engines.packed import PackedLinear, linear
 from calpaca.core.engines.step import Step
 from calpaca.core.errors import AdapterError, UnsupportedError, unknown_name
 from calpaca.core.merge.arithmetic import scaling
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -56,6 +53,11 @@ class Selection:
     def __init__(self) -> None:
         self.numbers: Tensor | None = None
         self._masks: dict[tuple[int, ...], Tensor] = {}
+        self._known: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def shared(self, owners: tuple[int, ...]) -> tuple[int, ...]:
+        """The same object for equal owners, so that they are told apart without comparing them."""
+        return self._known.setdefault(owners, owners)
 
     def choose(self, numbers: Tensor | None) -> None:
         self.numbers = numbers
@@ -81,23 +83,59 @@ class AdaptedLinear(nn.Module):
 
     def arrange(self, width: int, like: Tensor) -> None:
         """Lay the factors out for outputs of `width`, in the dtype and on the device of `like`."""
-        self._owners = tuple(factors.adapter for factors in self.factors for _ in factors.a)
-        b = torch.zeros(width, len(self._owners)).to(like)
-        begin = 0
-        for factors in self.factors:
-            end = begin + len(factors.a)
-            b[factors.part.begin : factors.part.end, begin:end] = factors.b.to(like)
-            begin = end
-        self._a = linear(torch.cat([factors.a for factors in self.factors]).to(like))
-        self._b = linear(b)
+        ordered = sorted(self.factors, key=lambda factors: factors.part.begin)
+        self._owners = self._selection.shared(tuple(factors.adapter for factors in ordered for _ in factors.a))
+        self._a = linear(torch.cat([factors.a for factors in ordered]).to(like))
+        packed = like.dtype == torch.bfloat16 and isinstance(self._a, PackedLinear)
+        self._add = _joined(ordered, width, like) if packed else _apart(ordered, like)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[…, tokens, in] → […, tokens, out]"""
         output: Tensor = self.layer(inputs)
         if self._selection.numbers is not None:
-            ranks = self._a(inputs)
-            output += self._b(ranks * self._selection.mask(self._owners, ranks))
+            ranks: Tensor = self._a(inputs)
+            ranks *= self._selection.mask(self._owners, ranks)
+            return self._add(output, ranks)
         return output
+
+
+Addition = Callable[[Tensor, Tensor], Tensor]
+"""Of the product of ranks [tokens, ranks] and B to an output [tokens, out], which it may change."""
+
+
+def _joined(ordered: Sequence[Factors], width: int, like: Tensor) -> Addition:
+    """One product with all of B, zeros where a rank is another part's: in bfloat16 that is faster than several."""
+    b = torch.zeros(width, sum(len(factors.a) for factors in ordered)).to(like)
+    for factors, ranks in _ranks(ordered):
+        b[factors.part.begin : factors.part.end, ranks] = factors.b.to(like)
+    add: Addition = linear(b).add_to
+    return add
+
+
+def _apart(ordered: Sequence[Factors], like: Tensor) -> Addition:
+    """A product for each part, in place."""
+    products: list[tuple[slice, slice, Tensor]] = []
+    for _, members in groupby(_ranks(ordered), key=lambda member: member[0].part.begin):
+        factors, ranks = zip(*members, strict=True)
+        part = slice(factors[0].part.begin, factors[0].part.end)
+        b = torch.cat([own.b for own in factors], dim=1).to(like).T.contiguous()
+        products.append((part, slice(ranks[0].start, ranks[-1].stop), b))
+
+    def add(output: Tensor, ranks: Tensor) -> Tensor:
+        rows, changes = output.flatten(0, -2), ranks.flatten(0, -2)
+        for part, own, b in products:
+            rows[:, part].addmm_(changes[:, own], b)
+        return output
+
+    return add
+
+
+def _ranks(ordered: Sequence[Factors]) -> Iterator[tuple[Factors, slice]]:
+    """Where the ranks of each are, among all."""
+    begin = 0
+    for factors in ordered:
+        yield factors, slice(begin, begin + len(factors.a))
+        begin += len(factors.a)
 
 
 @dataclass
