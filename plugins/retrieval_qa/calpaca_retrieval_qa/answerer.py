@@ -24,7 +24,7 @@ from calpaca_retrieval_qa.history import fit_history
 from calpaca_retrieval_qa.options import CiteMode, Strategy
 from calpaca_retrieval_qa.prompts import Prompts, language_of, load_prompts
 from calpaca_retrieval_qa.record import AnswerRecord
-from calpaca_retrieval_qa.rewriting import rewrite
+from calpaca_retrieval_qa.rewriting import rewrite, stands_alone
 from calpaca_retrieval_qa.session import Session
 from calpaca_retrieval_qa.strategies import Planner
 
@@ -44,8 +44,8 @@ class RetrievalQA(Runnable[str, Any]):
     becomes of those without room. `cite` is told in `citations`, `strategy` in `strategies`.
 
     `history`, an argument of each of them, are the earlier turns of the conversation (`role` and `content`, oldest first);
-    a `session` keeps its own. A follow-up question is rewritten by the model with `rewrites`; where that fails, it is
-    looked up together with the question before it, and the model is shown the turns.
+    a `session` keeps its own. A question that refers to them is rewritten by the model with `rewrites`; where that fails,
+    it is looked up together with the question before it, and the model is shown the turns.
     """
 
     def __init__(
@@ -157,6 +157,8 @@ class RetrievalQA(Runnable[str, Any]):
         self, record: AnswerRecord, prompts: Prompts, config: RunnableConfig
     ) -> Generator[Event, None, Sequence[str]]:
         """What is looked up, until something is found."""
+        if record.history.messages and stands_alone(record.question):
+            record.history = replace(record.history, messages=())
         if not record.history.messages or not self.rewrites:
             return record.history.searches(record.question)
         rewritten = rewrite(self.llm, prompts.follow_up, record.history, record.question, config)

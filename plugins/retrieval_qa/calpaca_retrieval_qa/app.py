@@ -1,62 +1,33 @@
-"""The app `retrieval_qa`: an index kept up to date, and answers from it."""
+"""The app `retrieval_qa`: answers about documents, and work on these answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-
-from calpaca.core.events import Event
-from calpaca.core.jobs import Job
+from calpaca.core.errors import UsageError
 from calpaca.core.runtime import Runtime
-from calpaca.documents.index import DocumentIndex
 from calpaca_retrieval_qa.answerer import RetrievalQA
-from calpaca_retrieval_qa.evidence import rule_for
-from calpaca_retrieval_qa.indexing import start_job
+from calpaca_retrieval_qa.assembly import build_answerer
+from calpaca_retrieval_qa.calibration import build_calibration
+from calpaca_retrieval_qa.drafting import build_drafting
+from calpaca_retrieval_qa.evaluation import build_evaluation
 from calpaca_retrieval_qa.options import RetrievalQAOptions
-from calpaca_retrieval_qa.session import Session
+from calpaca_retrieval_qa.recorded import RecordedWork
 
 __all__ = ["RetrievalQA", "build"]
 
+_WORK = {"evaluate": build_evaluation, "make_evalset": build_drafting, "calibrate": build_calibration}
+"""Options that ask for work rather than an answer, and what builds the job that does it."""
 
-def build(options: RetrievalQAOptions, runtime: Runtime) -> RetrievalQA:
-    """An answerer for the documents and model that the options name. Indexing waits for the first question.
 
-    Raises UsageError for wrong options, DocumentError for a missing document, ModelError when a model cannot be had.
+def build(options: RetrievalQAOptions, runtime: Runtime) -> RetrievalQA | RecordedWork:
+    """An answerer for the documents and model that the options name, or the job of `--evaluate` and its like.
+
+    Indexing waits for the first question. Raises UsageError for wrong options, DocumentError for a missing document,
+    ModelError when a model cannot be had.
     """
-    from calpaca.core.langchain import ChatCalpaca
-
-    search = options.chosen_search()
-    sampling = options.sampling(runtime.settings)
-    index = options.index(runtime, options.embedding)
-    model = runtime.model(options.spec())
-    llm = ChatCalpaca.from_model(model, sampling)
-    return RetrievalQA(
-        llm,
-        index.retriever,
-        strategy=options.strategy,
-        search=search,
-        cite=options.cite,
-        context_policy=options.context_policy,
-        prompt_file=options.prompt_file,
-        evidence=rule_for(index.embedder.name),
-        prepare=partial(_sync_once, index, partial(start_job, options, runtime), []),
-        session=Session(options.session) if options.session is not None else None,
-        rewrites=options.rewrite,
-        max_new_tokens=sampling.max_new_tokens,
-        model_name=model.name,
-        languages=languages_of(model.name),
-    )
-
-
-def _sync_once(index: DocumentIndex, start: partial[Job], done: list[bool]) -> Iterator[Event]:
-    """Bring the index up to date before the first question."""
-    if not done:
-        yield from index.sync(start)
-        done.append(True)
-
-
-def languages_of(model: str) -> str:
-    """What the catalogue says about a model's languages; empty for one that it does not know."""
-    from calpaca.core.catalogue import ENTRIES
-
-    return ENTRIES[model].languages if model in ENTRIES else ""
+    asked = [name for name in ("question", *_WORK) if getattr(options, name) is not None]
+    if len(asked) > 1:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise UsageError(f"{flags} cannot be combined.", "Give one of them.")
+    if asked and asked[0] in _WORK:
+        return _WORK[asked[0]](options, runtime)
+    return build_answerer(options, runtime)[0]

@@ -132,7 +132,7 @@ class CitationChecker:
     # Checking ------------------------------------------------------------------------------------------------------
     def _check(self, raw: str) -> str:
         """A sentence as it is shown."""
-        claim, markers = _without_markers(raw)
+        claim, markers = without_markers(raw)
         self.answer.removed_markers += markers
         bare = claim.strip()
         if not bare:
@@ -269,7 +269,7 @@ def _first_sentence(text: str) -> int | None:
     return None
 
 
-def _without_markers(text: str) -> tuple[str, int]:
+def without_markers(text: str) -> tuple[str, int]:
     """A text without the marks of citations in it, and how many there were. Code keeps its brackets."""
     code = [match.span() for match in _CODE.finditer(text)]
     marks = [match for match in _MARKER.finditer(text) if not any(a <= match.start() < b for a, b in code)]

@@ -2,7 +2,8 @@
 
 Two signs are used. *Overlap*: the share of the question's content words (English: their first five letters; Chinese:
 pairs of characters) that stand in one passage. *Score*: the cosine similarity that the embedder gives, whose scale
-differs between embedders, so that a threshold is known for the catalogue's default only. Measured on XQuAD (24 articles,
+differs between embedders: a threshold comes with calpaca for the catalogue's default, for others `calibration` chooses
+one. Measured on XQuAD (24 articles,
 632 questions in each language; thresholds chosen on half of the articles, rates from the other half) in
 `bench/evidence.py`.
 """
@@ -11,10 +12,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from calpaca.core.events import Source
-from calpaca_retrieval_qa.prompts import Language, language_of
+from calpaca_retrieval_qa.prompts import language_of
+
+Kind = Literal["en", "zh", "across"]
+"""The language of a question whose documents are in the same one, or that they are in another."""
 
 _LEAST_OVERLAP = 0.25
 _OVERLAP_WEIGHT = 0.1
@@ -46,46 +51,67 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Signal:
+    """How strongly passages speak for an answer: `score + 0.1 * overlap`, across languages the score alone."""
+
+    kind: Kind
+    value: float
+
+
+def signal(question: str, passages: Sequence[Source]) -> Signal | None:
+    """The signal of the best passages; None where nothing was found or scored."""
+    best = max((passage.score for passage in passages if passage.score is not None), default=None)
+    if best is None:
+        return None
+    highest = _highest_overlap(question, passages)
+    if highest is None:
+        return Signal("across", best)
+    return Signal(language_of(question), best + _OVERLAP_WEIGHT * highest)
+
+
+@dataclass(frozen=True)
 class EvidenceRule:
     """When passages count as support.
 
-    `least` is, by language of the question, the least `score + 0.1 * overlap`; empty for an embedder whose scores are
-    not known, then a quarter of the question's words must stand in a passage.
+    `least` is the least signal by kind of question; without one for a kind, a quarter of the question's words must stand
+    in a passage. `embedder` names whose scores these are; `caution` says what the thresholds were not chosen for.
     """
 
-    least: Mapping[Language, float] | None = None
-    least_across: float = 0.0
+    least: Mapping[Kind, float] = field(default_factory=dict)
     embedder: str = ""
+    caution: str = ""
 
     def judge(self, question: str, passages: Sequence[Source]) -> Verdict:
         """A question without content words, or in another language than the passages, is judged by its score alone."""
         if not passages:
             return Verdict(False)
-        shares = [overlap(question, passage.text) for passage in passages]
-        best = max((passage.score for passage in passages if passage.score is not None), default=None)
-        comparable = None not in shares and _same_script(question, passages)
-        highest = max((share for share in shares if share is not None), default=0.0)
-        if self.least is not None and best is not None:
-            if not comparable:
-                return Verdict(best >= self.least_across)
-            return Verdict(best + _OVERLAP_WEIGHT * highest >= self.least[language_of(question)])
-        return Verdict(not comparable or highest >= _LEAST_OVERLAP, self._remark())
+        found = signal(question, passages)
+        if found is not None and found.kind in self.least:
+            return Verdict(found.value >= self.least[found.kind], self._remark(self.caution))
+        highest = _highest_overlap(question, passages)
+        return Verdict(highest is None or highest >= _LEAST_OVERLAP, self._remark("not calibrated"))
 
-    def _remark(self) -> str:
-        if not self.embedder:
+    def _remark(self, state: str) -> str:
+        if not (self.embedder and state):
             return ""
+        judged = " is judged by its words alone" if state == "not calibrated" else " may be judged wrongly"
         return (
-            f"The scores of the embedding model {self.embedder} are not calibrated: whether the documents answer the "
-            "question is judged by its words alone."
+            f"The scores of the embedding model {self.embedder} are {state}: whether the documents answer the question"
+            f"{judged}. `--calibrate SET` chooses a threshold."
         )
 
 
-E5_RULE = EvidenceRule(least={"en": 0.866, "zh": 0.902}, least_across=0.735, embedder="multilingual-e5-small")
+E5_RULE = EvidenceRule({"en": 0.866, "zh": 0.902, "across": 0.735}, "multilingual-e5-small")
+"""The catalogue names the very weights, so that their name stands for their fingerprint."""
 
 
-def rule_for(embedder: str) -> EvidenceRule:
-    """The rule for an embedding model by its name in the catalogue."""
-    return E5_RULE if embedder == E5_RULE.embedder else EvidenceRule(embedder=embedder)
+def _highest_overlap(question: str, passages: Sequence[Source]) -> float | None:
+    """The best share of the question's words in one passage; None where they cannot be compared."""
+    shares = [overlap(question, passage.text) for passage in passages]
+    if not _same_script(question, passages):
+        return None
+    known = [share for share in shares if share is not None]
+    return max(known) if len(known) == len(shares) else None
 
 
 def overlap(question: str, text: str) -> float | None:

@@ -11,6 +11,7 @@ from langchain_core.prompt_values import ChatPromptValue
 from langchain_core.prompts import ChatPromptTemplate
 
 from calpaca_retrieval_qa.budget import context_length, count_tokens
+from calpaca_retrieval_qa.citations import without_markers
 
 _SHARE = 4
 """The turns take at most one part in so many of the context; the rest is for passages and the answer."""
@@ -50,5 +51,6 @@ def fit_history(llm: Any, turns: Sequence[Mapping[str, str]]) -> History:
 
 
 def _message(turn: Mapping[str, str]) -> BaseMessage:
-    kind = HumanMessage if turn["role"] == "user" else AIMessage
-    return kind(turn["content"])
+    if turn["role"] == "user":
+        return HumanMessage(turn["content"])
+    return AIMessage(without_markers(turn["content"])[0])  # the marks of citations are ours, not for a model to imitate

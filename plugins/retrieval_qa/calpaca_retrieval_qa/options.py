@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -41,3 +41,23 @@ class RetrievalQAOptions(IndexOptions, SearchOptions, ModelOptions, SamplingOpti
     session: str | None = Field(None, description="Name of a conversation to begin or go on with.")
     rewrite: bool = Field(True, description="Have follow-up questions rewritten so that they stand alone.")
     prompt_file: Path | None = Field(None, description="TOML file with prompts of your own.")
+
+    evaluate: Path | None = Field(None, description="Measure the answers to the questions of this JSON Lines file.")
+    compare: list[str] = Field(
+        [], description="With --evaluate: another configuration beside it, as in search=hybrid,k=8; repeat for several."
+    )
+    parallel: int = Field(1, description="With --evaluate: questions asked at once; times are then longer.")
+    make_evalset: Path | None = Field(None, description="Draft questions about the documents into this new file.")
+    drafts: int = Field(24, description="With --make-evalset: passages that a question is drafted from.")
+    calibrate: Path | None = Field(
+        None,
+        description="Choose the threshold for saying that the documents hold nothing, on the questions of this file.",
+    )
+
+    def parameters(self) -> dict[str, Any]:
+        """These options as the ledger keeps them, with paths that hold in any folder."""
+        given: dict[str, Any] = self.model_dump(mode="json", exclude_unset=True)
+        for name in ("evaluate", "make_evalset", "calibrate", "prompt_file"):
+            if given.get(name):
+                given[name] = str(Path(given[name]).expanduser().absolute())
+        return given | self.job_parameters(self.embedding)

@@ -6,8 +6,10 @@
 | `map_rerank` | one for each passage, all at once; the answer wins that a passage backs with most of the question's words |
 | `auto`       | `stuff` when the rendered prompt with all passages leaves room for the answer, else `map_rerank` |
 
-Passages stand in `stuff` in the order of their documents, not of their rank: so the prompt of a follow-up question about
-the same passages begins with the same tokens, which the engine has in its prefix cache.
+Instructions and passages come first and the question last, so that another question about the same passages finds the
+beginning of its prompt in the engine's prefix cache. In `stuff` the best passage stands last: in the order of their
+documents, which more questions would share, SmolLM2-135M answered 10 questions of twelve about the handbook instead of 11
+(of 48 about XQuAD 20 either way).
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class Planner:
             raise ContextOverflowError(
                 use.largest_prompt + use.dropped_tokens, use.answer_tokens, use.context_length or 0
             )
-        shown = _in_order(fitting.kept) if strategy == "stuff" else fitting.kept
+        shown = fitting.kept[::-1] if strategy == "stuff" else fitting.kept
         plan = Plan(strategy, chain, fitting.kept, shown, fitting.left_out, use)
         return self._with_summary(plan, question, config) if fitting.left_out and self.policy == "summarise" else plan
 
@@ -129,7 +131,7 @@ class Planner:
 
         summary = Source("", longest_fitting(written, fits))
         use = replace(self._use(plan.chain, question, passages, fitting), summary=summary.text)
-        shown = [summary, *_in_order(fitting.kept)]
+        shown = [summary, *reversed(fitting.kept)]
         return replace(plan, ranked=[*fitting.kept, summary], shown=shown, left_out=fitting.left_out, use=use)
 
     def _summaries(self, passages: Sequence[Source], question: str, room: int, config: RunnableConfig | None) -> str:
@@ -144,13 +146,6 @@ class Planner:
         ]
         replies = self.llm.batch([prompt(text) for text in texts], config)
         return " ".join(reply if isinstance(reply, str) else str(reply.text).strip() for reply in replies)
-
-
-def _in_order(passages: Sequence[Source]) -> list[Source]:
-    """By document and place, whatever their rank; those without a place, the best last."""
-    if any("start" not in passage.metadata for passage in passages):
-        return list(reversed(passages))
-    return sorted(passages, key=lambda passage: (passage.source, passage.page or 0, passage.metadata["start"]))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from calpaca.core.errors import UsageError
 from calpaca.testing import fake_runtime
 from calpaca_retrieval_qa.app import build
 from calpaca_retrieval_qa.options import RetrievalQAOptions
-from calpaca_retrieval_qa.rewriting import fault
+from calpaca_retrieval_qa.rewriting import fault, stands_alone
 from calpaca_retrieval_qa.session import Session, SessionError
 
 
@@ -34,6 +34,24 @@ from calpaca_retrieval_qa.session import Session, SessionError
 def test_a_rewriting_is_used_only_if_it_asks_the_same_in_known_words(text, question, turns, wrong) -> None:
     assert wrong in fault(text, question, turns)
     assert bool(fault(text, question, turns)) is bool(wrong)
+
+
+@pytest.mark.parametrize(
+    ("question", "alone"),
+    [
+        ("When did she found it?", False),
+        ("And the price for children?", False),
+        ("Why?", False),
+        ("What does a ticket cost?", True),
+        ("Who keeps the other key?", False),
+        ("门票多少钱？", True),
+        ("它多重？", False),
+        ("孩子呢？", False),
+        ("主望远镜的主镜口径是多少？", True),
+    ],
+)
+def test_only_a_question_that_refers_to_the_turns_is_rewritten(question, alone) -> None:
+    assert stands_alone(question) is alone
 
 
 ANIMALS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen"]
@@ -73,6 +91,9 @@ def test_a_follow_up_question_is_rewritten_and_asked_without_the_turns(document)
     assert "What does the ant like?" in rewriting
     assert "What does the ant like?" not in asked
     assert "And what does the cat like?" in asked
+    value = qa.invoke("What does the dog like?", history=turns)
+    assert len(engine.prompts) == 3
+    assert "the ant like" not in engine.prompts[-1]
     value = qa.invoke("And why?", history=turns)  # its rewriting is nonsense
     assert value["searched"] == "What does the ant like?\nAnd why?"
     assert "What does the ant like?" in engine.prompts[-1]

@@ -173,7 +173,7 @@ def test_a_question_about_something_else_is_looked_up_alone(document) -> None:
 def test_the_oldest_turns_make_room_and_that_is_said(document) -> None:
     runtime = fake_runtime(["Dish."] * 20, context_length=2000)
     turns = [{"role": role, "content": f"{n} " * 30} for n in range(8) for role in ("user", "assistant")]
-    value = build(options(document, max_new_tokens=50), runtime).invoke(QUESTION, history=[*turns, *TURNS])
+    value = build(options(document, max_new_tokens=50), runtime).invoke("And why?", history=[*turns, *TURNS])
     assert any("oldest messages" in notice for notice in value["notices"])
     for prompt in runtime.fake.engine.prompts:  # for the rewriting, and for the answer
         assert "like {now}?" in prompt
@@ -190,9 +190,9 @@ async def test_a_chat_model_of_langchain_gets_the_turns_as_messages() -> None:
             yield from super()._stream(messages, *args, **kwargs)
 
     qa = RetrievalQA(Listening(responses=["a"]), filled_store())
-    events = [event async for event in qa.astream(QUESTION, history=TURNS)]
+    events = [event async for event in qa.astream("Does it like that dish?", history=TURNS)]
     assert events[-1].value["answer"] == "a"
-    assert qa.bind(history=TURNS).invoke(QUESTION)["answer"] == "a"
+    assert qa.bind(history=TURNS).invoke("Does it like that dish?")["answer"] == "a"
     assert asked == [["human", "ai", "human"]] * 2
 
 

@@ -1,0 +1,58 @@
+"""An answerer put together from options: index, model, and the rules of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from calpaca.core.events import Event
+from calpaca.core.jobs import Job
+from calpaca.core.runtime import Runtime
+from calpaca.documents.index import DocumentIndex
+from calpaca_retrieval_qa.answerer import RetrievalQA
+from calpaca_retrieval_qa.calibration import rule_for
+from calpaca_retrieval_qa.indexing import start_job
+from calpaca_retrieval_qa.options import RetrievalQAOptions
+from calpaca_retrieval_qa.session import Session
+
+
+def build_answerer(options: RetrievalQAOptions, runtime: Runtime) -> tuple[RetrievalQA, DocumentIndex]:
+    """The answerer and the index it looks into."""
+    from calpaca.core.langchain import ChatCalpaca
+
+    search = options.chosen_search()
+    sampling = options.sampling(runtime.settings)
+    index = options.index(runtime, options.embedding)
+    model = runtime.model(options.spec())
+    llm = ChatCalpaca.from_model(model, sampling)
+    qa = RetrievalQA(
+        llm,
+        index.retriever,
+        strategy=options.strategy,
+        search=search,
+        cite=options.cite,
+        context_policy=options.context_policy,
+        prompt_file=options.prompt_file,
+        evidence=rule_for(index.embedder, options.chunk_size),
+        prepare=partial(_sync_once, index, partial(start_job, options, runtime), []),
+        session=Session(options.session) if options.session is not None else None,
+        rewrites=options.rewrite,
+        max_new_tokens=sampling.max_new_tokens,
+        model_name=model.name,
+        languages=languages_of(model.name),
+    )
+    return qa, index
+
+
+def _sync_once(index: DocumentIndex, start: partial[Job], done: list[bool]) -> Iterator[Event]:
+    """Bring the index up to date before the first question."""
+    if not done:
+        yield from index.sync(start)
+        done.append(True)
+
+
+def languages_of(model: str) -> str:
+    """What the catalogue says about a model's languages; empty for one that it does not know."""
+    from calpaca.core.catalogue import ENTRIES
+
+    return ENTRIES[model].languages if model in ENTRIES else ""
