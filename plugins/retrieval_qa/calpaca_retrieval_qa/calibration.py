@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from calpaca.core.events import Event, Progress, Result, Source, Token
 from calpaca.core.jobs import Job
 from calpaca.core.paths import atomic_file, data_dir
 from calpaca.core.runtime import Runtime
-from calpaca.documents.retrieval import Search, retrieve
+from calpaca.documents.retrieval import retrieve
 from calpaca_retrieval_qa.evalset import EvalQuestion, read_evalset, split_by_source
 from calpaca_retrieval_qa.evidence import E5_RULE, EvidenceRule, Kind, signal
 from calpaca_retrieval_qa.indexing import start_job
@@ -158,7 +158,8 @@ class Calibration:
 
     def _samples(self, question: EvalQuestion) -> Iterator[Sample]:
         """What is found with the question's document and, where it has one, without it."""
-        found = retrieve(self.index.store, question.question, Search(_FETCHED), merge=False)
+        search = replace(self.options.chosen_search(), k=_FETCHED)
+        found = retrieve(self.index.retriever, question.question, search, merge=False)
         yield from self._sample(question, found, answered=question.answerable)
         if question.answerable and question.source is not None:
             others = [passage for passage in found if not passage.source.endswith(question.source)]
