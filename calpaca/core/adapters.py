@@ -352,7 +352,7 @@ def _load_state(peft_model: Any, adapter: Adapter, name: str, state: Mapping[str
     prefixed = {f"base_model.model.{key}": tensor for key, tensor in state.items()}
     result = set_peft_model_state_dict(peft_model, prefixed, adapter_name=name)
     unbound = list(result.unexpected_keys)
-    empty = [key for key in result.missing_keys if f".{name}" in key]
+    empty = places_without_values(peft_model, result.missing_keys, name)
     if unbound or empty:
         example = (unbound or empty)[0]
         raise AdapterError(
@@ -360,6 +360,14 @@ def _load_state(peft_model: Any, adapter: Adapter, name: str, state: Mapping[str
             f" {len(empty)} places got no tensor (for example {example}).",
             "Name the base it was trained on with --model, or fetch the adapter again.",
         )
+
+
+def places_without_values(peft_model: Any, missing: Sequence[str], name: str) -> list[str]:
+    """Those of the `missing` parameters of the adapter `name` that share their values with none that got some: trained
+    tokens of tied embeddings have two names."""
+    parameters = dict(peft_model.named_parameters(remove_duplicate=False))
+    filled = {id(parameter) for key, parameter in parameters.items() if key not in missing}
+    return [key for key in missing if f".{name}" in key and id(parameters.get(key)) not in filled]
 
 
 def _scale(peft_model: Any, name: str, scale: float) -> None:

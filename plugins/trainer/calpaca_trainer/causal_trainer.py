@@ -34,6 +34,8 @@ class Plan:
 class CausalTrainer(Trainer):  # type: ignore[misc]
     """Trains `learner` on planned batches. `loss` in its log is the mean over the learnt tokens of a step."""
 
+    control: Any
+
     def __init__(
         self,
         learner: Learner,
@@ -46,7 +48,10 @@ class CausalTrainer(Trainer):  # type: ignore[misc]
         callbacks: Sequence[Any] = (),
     ) -> None:
         self._plan, self.saver, self.metrics = plan, saver, metrics
-        super().__init__(learner.model, args, data_collator=collator, callbacks=[metrics, *callbacks])
+        measured: Any = PackedRows(plan.dataset, len(plan.dataset)) if plan.evaluation else None
+        super().__init__(
+            learner.model, args, data_collator=collator, eval_dataset=measured, callbacks=[metrics, *callbacks]
+        )
 
     # Data ------------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from calpaca.core.adapters import Adapter, check_adapters
+from calpaca.core.adapters import Adapter, check_adapters, places_without_values
 from calpaca.core.errors import AdapterError, UsageError
 from calpaca.core.files import ModelFiles
 from calpaca.core.machine import describe_processor
@@ -75,7 +75,10 @@ def load_learner(recipe: Recipe, files: ModelFiles, prompting: Prompting) -> Lea
         model = _with_new_adapter(model, recipe) if recipe.method == "lora" else _in_full(model, recipe.trainable)
     mixed = dtype == "bfloat16" and _widen(model)
     attach_loss(model.get_base_model() if hasattr(model, "peft_config") else model)
-    return Learner(model.train(), files, prompting, device, stored, mixed)
+    learner = Learner(model.train(), files, prompting, device, stored, mixed)
+    if recipe.compile:
+        _compile(learner.causal)
+    return learner
 
 
 def choose_training_dtype(recipe: Recipe, device: str) -> str:
@@ -84,6 +87,16 @@ def choose_training_dtype(recipe: Recipe, device: str) -> str:
         return recipe.dtype
     has_it = {"AVX-512 BF16", "AMX BF16", "BF16"} & set(describe_processor().instruction_sets)
     return "bfloat16" if device.startswith("cuda") or has_it else "float32"
+
+
+def _compile(causal: Any) -> None:
+    """Compile the layers: they share one code, so this takes a fraction of compiling the whole. Raises UsageError."""
+    import shutil
+
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise UsageError("--compile needs a C++ compiler, and there is none.", "Install g++, or leave it out.")
+    for layer in getattr(causal, causal.base_model_prefix).layers:
+        layer.compile()
 
 
 def _load_base(files: ModelFiles, device: str, dtype: str) -> tuple[Any, torch.dtype]:
@@ -102,7 +115,7 @@ def _load_base(files: ModelFiles, device: str, dtype: str) -> tuple[Any, torch.d
 
 
 def _with_new_adapter(model: Any, recipe: Recipe) -> Any:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
 
     rank = recipe.rank * 2 if recipe.pissa else recipe.rank  # half of it is what the base has already, taken away
     config = LoraConfig(
@@ -112,7 +125,7 @@ def _with_new_adapter(model: Any, recipe: Recipe) -> Any:
         trainable_token_indices=_new_tokens(model, recipe.new_tokens_from),
     )  # fmt: skip
     try:
-        adapted = PeftModel(_prepared(model, recipe.quantization), config, adapter_name=_ADAPTER)
+        adapted = _adapted(_prepared(model, recipe.quantization), config)
     except ValueError as error:
         raise UsageError(
             f"The adapter cannot be put on the model: {error}",
@@ -123,6 +136,18 @@ def _with_new_adapter(model: Any, recipe: Recipe) -> Any:
 
         initialise(adapted, recipe.rank)
     return adapted
+
+
+def _adapted(model: Any, config: Any) -> Any:
+    """The model with an adapter. PEFT warns of tied embeddings of which one end is trained: calpaca saves and loads
+    them as what they are then, two."""
+    import warnings
+
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        return PeftModel(model, config, adapter_name=_ADAPTER)
 
 
 def _prepared(model: Any, quantization: str | None) -> Any:
@@ -152,7 +177,7 @@ def _new_tokens(model: Any, first: int | None) -> list[int] | None:
 
 def _with_adapter(model: Any, adapter: Adapter, tokenizer_size: int) -> Any:
     """An adapter that goes on learning; the base gets its number of tokens. Raises AdapterError."""
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
 
     shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
     check_adapters([adapter], shapes, tokenizer_size)
@@ -161,7 +186,7 @@ def _with_adapter(model: Any, adapter: Adapter, tokenizer_size: int) -> Any:
         model.resize_token_embeddings(rows, mean_resizing=False)
     config = LoraConfig.from_pretrained(str(adapter.files.path))
     config.inference_mode = False
-    adapted = PeftModel(model, config, adapter_name=_ADAPTER)
+    adapted = _adapted(model, config)
     load_adapter_state(adapted, {f"base_model.model.{name}": tensor for name, tensor in adapter.tensors().items()})
     return adapted
 
@@ -171,7 +196,7 @@ def load_adapter_state(model: Any, state: dict[str, Any]) -> None:
     from peft import set_peft_model_state_dict
 
     result = set_peft_model_state_dict(model, state, adapter_name=_ADAPTER)
-    empty = [key for key in result.missing_keys if f".{_ADAPTER}" in key]
+    empty = places_without_values(model, result.missing_keys, _ADAPTER)
     if result.unexpected_keys or empty:
         example = [*result.unexpected_keys, *empty][0]
         raise AdapterError(

@@ -32,6 +32,16 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         if self._job is not None:
             self._job.done = state.global_step
 
+    def on_save(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        if self._job is not None:
+            self._job.expect(state.max_steps)  # which records what is done, too
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any  # noqa: ARG002
     ) -> None:  # fmt: skip

@@ -53,7 +53,10 @@ class TokenCache:
         marks, starts = np.asarray(self._marks), self._offsets[:-1]
         if not len(starts):
             return np.zeros(0, dtype=np.int64)
-        return np.add.reduceat(marks, starts, dtype=np.int64) - marks[starts]  # nothing predicts the first
+        counts: np.ndarray = (
+            np.add.reduceat(marks, starts, dtype=np.int64) - marks[starts]
+        )  # nothing predicts the first
+        return counts
 
     def ids(self, number: int) -> np.ndarray:
         """Token ids, int32."""

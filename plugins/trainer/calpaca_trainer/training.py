@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import resource
 import time
 from collections.abc import Mapping
@@ -158,6 +159,8 @@ def train(preparation: Preparation, output: Path, runtime: Runtime, command: Map
     """
     from calpaca_trainer.malloc import keep_memory
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("Training in several processes is not possible yet.", "Start it without torchrun.")
     keep_memory()
     folder = RunFolder(output)
     with exclusive(output):
@@ -212,7 +215,7 @@ class _Run:
             self._learner,
             args=training_arguments(it, self._folder.path, self._learner),
             plan=Plan(it.dataset, it.batches, it.evaluation),
-            collator=Collator(it.prompting.eos_ids[0], recipe.packing),
+            collator=Collator(it.prompting.eos_ids[0], recipe.packing, multiple=64 if recipe.compile else 8),
             saver=Saver(self._learner, recipe.model or it.files.name, self._settings()),
             metrics=MetricsWriter(self._folder.path),
             callbacks=[Progress(self._job), *patience],
@@ -302,7 +305,7 @@ def training_arguments(preparation: Preparation, output: Path, learner: Learner)
         gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.rate,
         lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
-        warmup_steps=math.ceil(recipe.warmup * steps),
+        warmup_steps=round(recipe.warmup * steps),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         neftune_noise_alpha=recipe.neftune,
