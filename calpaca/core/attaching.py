@@ -39,19 +39,35 @@ def offer(id: str, fingerprint: str, spec: ModelSpec) -> Offer:
     return Offer(id, fingerprint, {name: getattr(spec, name) for name in _CHOSEN})
 
 
+class Announcement:
+    """What a server at `url` (it ends with /v1) tells other processes of its user; held until `withdraw`."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        folder = data_dir() / "servers"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / f"{os.getpid()}.json"
+        self._fields = {"url": url, "key": key}
+        self._lock = FileLock(self.file.with_suffix(".lock"), thread_local=False)
+        self._lock.acquire()
+
+    def tell(self, offers: Sequence[Offer]) -> None:
+        """These models can be asked now, and no others."""
+        _write(self.file, {**self._fields, "models": [asdict(each) for each in offers]})
+
+    def withdraw(self) -> None:
+        """Nothing can be asked any more."""
+        _remove(self.file, self._lock)
+
+
 @contextmanager
-def announced(url: str, key: str | None, offers: Sequence[Offer]) -> Iterator[Path]:
-    """Tell other processes of this user what is served at `url` (it ends with /v1), until the context ends."""
-    folder = data_dir() / "servers"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{os.getpid()}.json"
-    lock = FileLock(file.with_suffix(".lock"))
-    lock.acquire()
+def announced(url: str, key: str | None, offers: Sequence[Offer]) -> Iterator[Announcement]:
+    """Tell of these models until the context ends."""
+    announcement = Announcement(url, key)
     try:
-        _write(file, {"url": url, "key": key, "models": [asdict(each) for each in offers]})
-        yield file
+        announcement.tell(offers)
+        yield announcement
     finally:
-        _remove(file, lock)
+        announcement.withdraw()
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

@@ -76,8 +76,8 @@ def test_the_file_of_a_killed_server_is_removed(server, files: ModelFiles) -> No
 
 def test_the_file_goes_with_the_server(files: ModelFiles) -> None:
     offers = [Offer("a", "b", {}), offer("llama", files.fingerprint, ModelSpec())]
-    with announced("http://127.0.0.1:9/v1", None, offers) as file:
-        assert file.name == f"{os.getpid()}.json"
+    with announced("http://127.0.0.1:9/v1", None, offers) as announcement:
+        assert announcement.file.name == f"{os.getpid()}.json"
     assert not list((data_dir() / "servers").iterdir())
     assert find_running(files) is None
 
@@ -86,3 +86,17 @@ def test_a_damaged_file_is_passed_over(server, files: ModelFiles) -> None:
     (file,) = (data_dir() / "servers").glob("*.json")
     file.write_text("{")
     assert find_running(files) is None
+
+
+def test_what_a_server_offers_may_change(files: ModelFiles, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"other": 1}')
+    with announced("http://127.0.0.1:9/v1", None, []) as announcement:
+        for each, name in ((files, "llama"), (wanted(other), "red")):
+            assert find_running(each) is None
+            announcement.tell([offer(name, each.fingerprint, ModelSpec())])
+            found = find_running(each)
+            assert found is not None
+            assert found.model == f"http://127.0.0.1:9/v1#{name}"
+        assert find_running(files) is None

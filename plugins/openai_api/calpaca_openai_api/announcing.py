@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
-from calpaca.core.attaching import announced, offer
+from calpaca.core.attaching import Offer, announced, offer
 from calpaca.core.errors import CalpacaError
 from calpaca_openai_api.served import ServedModels
 from calpaca_openai_api.settings import KeySettings, digest
 
 _NAME = "attached"
+_SECONDS = 1.0
+"""How often the models that are loaded are looked at."""
 
 
 def attached_key(secret: str | None) -> dict[str, KeySettings]:
@@ -21,7 +23,8 @@ def attached_key(secret: str | None) -> dict[str, KeySettings]:
 
 @contextmanager
 def announcement(url: str, secret: str | None, models: ServedModels) -> Iterator[None]:
-    """Announce the models that are loaded now. Their files are hashed first, beside what is served."""
+    """Announce the models that are loaded, adapters among them, also those that come and go meanwhile. Their files are
+    hashed first, beside what is served."""
     ended = threading.Event()
     thread = threading.Thread(target=_announce, args=[url, secret, models, ended], daemon=True)
     thread.start()
@@ -34,10 +37,18 @@ def announcement(url: str, secret: str | None, models: ServedModels) -> Iterator
 
 def _announce(url: str, secret: str | None, models: ServedModels, ended: threading.Event) -> None:
     try:
-        offers = [offer(served.id, model.fingerprint, model.spec) for served, model in models.local()]
+        told = _offers(models)
+        if ended.is_set():
+            return
+        with announced(url, secret, told) as announcement:
+            while not ended.wait(_SECONDS):
+                offers = _offers(models)
+                if offers != told:
+                    announcement.tell(offers)
+                    told = offers
     except (CalpacaError, OSError):
         return  # files went while they were hashed; nobody attaches then
-    with ExitStack() as stack:
-        if not ended.is_set():
-            stack.enter_context(announced(url, secret, offers))
-        ended.wait()
+
+
+def _offers(models: ServedModels) -> list[Offer]:
+    return [offer(served.id, model.fingerprint, model.spec) for served, model in models.local()]

@@ -11,8 +11,11 @@ import httpx2
 import openai
 import pytest
 
+from calpaca.core.attaching import find_running
 from calpaca.core.errors import AdapterError, UnsupportedError, UsageError
-from calpaca.core.spec import AdapterSpec
+from calpaca.core.files import find_files
+from calpaca.core.spec import AdapterSpec, ModelSpec
+from calpaca_openai_api.announcing import announcement
 from calpaca_openai_api.settings import KeySettings, ServeOptions, digest
 
 BASE = "smollm2-135m-instruct"
@@ -118,6 +121,27 @@ async def test_an_adapter_is_loaded_and_unloaded_and_what_runs_with_it_ends(
     assert administer("unload", lora_name="late").status_code == 404
     assert administer("unload", lora_name=BASE).status_code == 400
     assert server.settle()
+
+
+async def test_other_processes_are_told_of_adapters_as_they_come_and_go(server, folders, until) -> None:
+    models = server.api.models
+
+    def found(name: str, scale: float = 1.0) -> str | None:
+        """Who would be asked for the base with this adapter."""
+        adapter = AdapterSpec(source=str(folders[name]), scale=scale)
+        spec = ModelSpec(model=BASE, dtype="float32", device="cpu", adapters=(adapter,))
+        running = find_running(find_files(spec, server.runtime))
+        return running and running.model
+
+    with announcement(f"{server.url}/v1", None, models):
+        assert await until(lambda: found("red") is not None, 20)
+        assert (found("red"), found("blue")) == (f"{server.url}/v1#red", f"{server.url}/v1#blue")
+        assert found("red", scale=0.5) is found("late") is None
+        models.add_adapter("late", AdapterSpec(source=str(folders["late"])), None)
+        assert await until(lambda: found("late") == f"{server.url}/v1#late")
+        models.remove_adapter("late")
+        assert await until(lambda: found("late") is None)
+    assert found("red") is None
 
 
 def test_only_a_key_for_it_administers(administer, server, scripted, folders) -> None:

@@ -190,6 +190,34 @@ def test_a_question_on_the_command_line_is_answered_by_the_running_server(progra
         assert attached[key] == own[key]
 
 
+@pytest.mark.slow
+def test_a_server_that_dies_in_mid_answer_is_an_error_that_names_it(program, smollm2, e5, tmp_path) -> None:
+    process, url = program("--dtype", "float32")
+    end = time.monotonic() + 30
+    while not list((data_dir() / "servers").glob("*.json")):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    handbook = tmp_path / "handbook.md"
+    handbook.write_text("# Keys\n\nThe key of the archive is kept by Mrs Abendroth on the second floor.\n")
+    command = [sys.executable, "-m", "calpaca", "run", "retrieval_qa", "--file", str(handbook)]
+    command += ["--model", str(smollm2), "--dtype", "float32", "--temperature", "0", "--max-new-tokens", "2000"]
+    command += ["--question", "Tell a very long story about the keys.", "--repetition-penalty", "1.3"]
+    metrics = url.removesuffix("/v1") + "/metrics"
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, bufsize=1
+    ) as asking:
+        while "calpaca_requests_running 1.0" not in httpx2.get(metrics).text:
+            assert asking.poll() is None
+            time.sleep(0.05)
+        assert asking.stdout is not None
+        assert asking.stdout.read(1)  # the answer has begun
+        process.kill()
+        _, remarks = asking.communicate(timeout=60)
+    assert asking.returncode == 3, remarks
+    assert url.removesuffix("/v1") in remarks
+    assert "Traceback" not in remarks
+
+
 def test_a_running_server_is_asked_instead_of_loading_its_model_again(program, smollm2, tmp_path) -> None:
     file = tmp_path / "keys"
     file.write_text("sesame\n")
