@@ -110,12 +110,12 @@ class CausalTrainer(Trainer):  # type: ignore[misc]
 
     def _sums(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed loss, and how many tokens it is over."""
-        loader = self.accelerator.prepare(self._loader(self._plan.evaluation))
+        own = self._plan.evaluation[self.args.process_index :: self.args.world_size]
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            for batch in loader:
+            for batch in self._loader(own):
                 inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != "numbers"})
                 count = (inputs["labels"][:, 1:] != IGNORED).sum()
                 with self.accelerator.autocast():
@@ -132,6 +132,7 @@ class CausalTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its own noise
         if self.args.should_save:
             mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 

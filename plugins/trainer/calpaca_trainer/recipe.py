@@ -165,7 +165,7 @@ def read_recipe(file: Path | None, typed: Mapping[str, Any], command: str) -> Re
     try:
         recipe = read_options(Recipe, {**values, **typed}, command)
     except UsageError as error:
-        raise UsageError(error.message, f"See: calpaca {command} --help") from error
+        raise UsageError(error.message, error.hint.replace("calpaca run ", "calpaca ")) from error
     assert isinstance(recipe, Recipe)
     return recipe
 

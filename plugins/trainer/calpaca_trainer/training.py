@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from calpaca.core.spec import AdapterSpec, ModelSpec
 from calpaca_trainer.batches import Batch, BatchOptions, plan_batches, plan_evaluation, split
 from calpaca_trainer.dataset import Dataset, DataSource, Stage, load_dataset
 from calpaca_trainer.estimate import MemoryEstimate, estimate_memory
+from calpaca_trainer.processes import Processes, find_processes
 from calpaca_trainer.prompting import Prompting, load_prompting
 from calpaca_trainer.recipe import Recipe
 from calpaca_trainer.run_folder import RunFolder
@@ -55,15 +56,22 @@ class Preparation:
     evaluation: list[Batch]
     estimate: MemoryEstimate
     checkpointing: bool
+    processes: Processes = field(default_factory=Processes)
+
+    @property
+    def step_batches(self) -> int:
+        """Batches in a step, of all processes together."""
+        return self.recipe.accumulation * self.processes.count
 
     @property
     def steps(self) -> int:
-        return math.ceil(len(self.batches) / self.recipe.accumulation)
+        return math.ceil(len(self.batches) / self.step_batches)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
         return {
             "stage": self.stage,
+            "processes": self.processes.count,
             **self.recipe.model_dump(
                 mode="json", exclude={"model", "adapter", "tokenizer", "datasets", "eval_datasets"}
             ),
@@ -80,8 +88,12 @@ def prepare(recipe: Recipe, stage: Stage, runtime: Runtime) -> Preparation:
         raise UsageError("There is nothing to train on.", "Name a file or folder with --dataset.")
     files, prompting = load_subject(recipe, runtime)
     dataset, members, kept = _load_data(recipe, stage, prompting)
-    options = BatchOptions(recipe.batch_size, recipe.max_length, recipe.accumulation, recipe.packing, recipe.seed)
+    processes = find_processes()
+    options = BatchOptions(
+        recipe.batch_size, recipe.max_length, recipe.accumulation * processes.count, recipe.packing, recipe.seed
+    )
     batches = plan_batches(dataset, members, options, epochs=recipe.epochs, max_steps=recipe.max_steps)
+    batches = batches[: max(1, len(batches) // processes.count) * processes.count]
     estimate, checkpointing = _estimate(recipe, files)
     if len(members) < _FEW:
         log.warning(
@@ -89,7 +101,7 @@ def prepare(recipe: Recipe, stage: Stage, runtime: Runtime) -> Preparation:
         )
     return Preparation(
         stage, recipe, files, prompting, dataset, members, kept, batches,
-        plan_evaluation(dataset, kept, options), estimate, checkpointing,
+        plan_evaluation(dataset, kept, options), estimate, checkpointing, processes,
     )  # fmt: skip
 
 
@@ -119,7 +131,7 @@ def _load_data(recipe: Recipe, stage: Stage, prompting: Prompting) -> tuple[Data
         measured = load_dataset([DataSource.parse(text) for text in recipe.eval_datasets], rendering)
         kept = np.concatenate([kept, np.arange(len(dataset), len(dataset) + len(measured))])
         dataset = dataset + measured
-    if dataset.faults:
+    if dataset.faults and find_processes().is_first:
         log.warning(
             "%d rows cannot be used and are left out; the first: %s. `calpaca train data check` lists them all.",
             len(dataset.faults), dataset.faults[0],
@@ -159,24 +171,31 @@ def train(preparation: Preparation, output: Path, runtime: Runtime, command: Map
     """
     from calpaca_trainer.malloc import keep_memory
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("Training in several processes is not possible yet.", "Start it without torchrun.")
     keep_memory()
-    folder = RunFolder(output)
-    with exclusive(output):
-        goes_on = folder.begin(preparation.identity(), preparation.recipe)
-        with runtime.jobs.start("train", f"train {output}", {**command, "output": str(output)}) as job:
-            return _Run(preparation, folder, job).carry_out(goes_on=goes_on)
+    folder, processes = RunFolder(output), preparation.processes
+    processes.join()
+    with ExitStack() as held:
+        if processes.is_first:
+            held.enter_context(exclusive(output))
+        goes_on = processes.agree(lambda: folder.begin(preparation.identity(), preparation.recipe))
+        job = (
+            runtime.jobs.start("train", f"train {output}", {**command, "output": str(output)})
+            if processes.is_first
+            else None
+        )
+        held.enter_context(job or nullcontext())
+        return _Run(preparation, folder, job).carry_out(goes_on=goes_on)
 
 
 class _Run:
     """A run in hand."""
 
-    def __init__(self, preparation: Preparation, folder: RunFolder, job: Job) -> None:
+    def __init__(self, preparation: Preparation, folder: RunFolder, job: Job | None) -> None:
         from calpaca_trainer.learner import load_learner
         from calpaca_trainer.samples import choose_prompts
 
         self._preparation, self._folder, self._job = preparation, folder, job
+        self._processes = preparation.processes
         self._learner: Learner = load_learner(preparation.recipe, preparation.files, preparation.prompting)
         members = preparation.kept if len(preparation.kept) else preparation.members
         self._prompts: list[SamplePrompt] = choose_prompts(
@@ -188,9 +207,10 @@ class _Run:
         from calpaca_trainer.saved import check_effect, last_checkpoint, norms
 
         began, before = time.monotonic(), norms(self._learner)
-        checkpoint = last_checkpoint(self._folder.path) if goes_on else None
-        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
-        forget_metrics_after(self._folder.path, step if checkpoint is not None else -1)
+        checkpoint = self._processes.agree(lambda: last_checkpoint(self._folder.path) if goes_on else None)
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else -1
+        if self._processes.is_first:
+            forget_metrics_after(self._folder.path, step)
         trainer = self._trainer()
         if checkpoint is None:
             self._measure_before(trainer)
@@ -241,6 +261,8 @@ class _Run:
 
         if self._preparation.evaluation:
             trainer.evaluate()
+        if not self._processes.is_first:
+            return
         answers = write_answers(self._learner, self._prompts)
         samples = [
             replace(read_prompt(self._learner, prompt), before=answer)
@@ -251,8 +273,11 @@ class _Run:
     def _finish(self, trainer: CausalTrainer, seconds: float) -> dict[str, Any]:
         from calpaca_trainer.samples import write_answers
 
-        if self._preparation.evaluation and not self._is_measured(trainer.state.global_step):
+        measured = [record["step"] for record in trainer.state.log_history if "eval_loss" in record]
+        if self._preparation.evaluation and measured[-1:] != [trainer.state.global_step]:
             trainer.evaluate()
+        if not self._processes.is_first:
+            return {}
         answers = write_answers(self._learner, self._prompts)
         samples = [
             {**sample, "after": answer} for sample, answer in zip(self._folder.read_samples(), answers, strict=True)
@@ -262,11 +287,6 @@ class _Run:
         self._folder.write_summary(summary)
         trainer.saver.save(self._folder.path, final=True)
         return summary
-
-    def _is_measured(self, step: int) -> bool:
-        from calpaca_trainer.metrics import read_metrics
-
-        return any(record["step"] == step and "eval_loss" in record for record in read_metrics(self._folder.path))
 
     def _summary(self, trainer: CausalTrainer, seconds: float) -> dict[str, Any]:
         from calpaca_trainer.metrics import read_metrics
@@ -312,6 +332,8 @@ def training_arguments(preparation: Preparation, output: Path, learner: Learner)
         activation_checkpointing=preparation.checkpointing,
         seed=recipe.seed,
         use_cpu=learner.device == "cpu",
+        ddp_backend="gloo" if learner.device == "cpu" and preparation.processes.count > 1 else None,
+        ddp_find_unused_parameters=False if preparation.processes.count > 1 else None,
         bf16=learner.mixed,
         logging_steps=1,
         logging_nan_inf_filter=False,

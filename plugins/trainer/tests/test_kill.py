@@ -43,7 +43,10 @@ def test_killed_at_random_moments_the_loss_curve_goes_on_exactly(small, rows, tm
     else:
         assert process.wait() == 0
     curves = [
-        [{name: record[name] for name in record if name not in {"seconds", "tokens"}} for record in read_metrics(folder)]
+        [
+            {name: record[name] for name in record if name not in {"seconds", "tokens"}}
+            for record in read_metrics(folder)
+        ]
         for folder in (whole, killed)
     ]
     assert curves[0] == curves[1]

@@ -49,7 +49,8 @@ def _run(stage: Stage, recipe: Recipe, output: Path | None, *, estimate: bool, a
     if output is None and not estimate:
         raise UsageError("It is not said where to write.", "Add --output DIR, or --estimate to see what it would take.")
     preparation = prepare(recipe, stage, runtime)
-    _show_plan(preparation, err=not estimate or as_json)
+    if preparation.processes.is_first:
+        _show_plan(preparation, err=not estimate or as_json)
     if output is None or estimate:
         if as_json:
             total = preparation.estimate.total(checkpointing=preparation.checkpointing)
@@ -59,6 +60,8 @@ def _run(stage: Stage, recipe: Recipe, output: Path | None, *, estimate: bool, a
         return
     argv = tuple(click.get_current_context().obj or ())
     summary = train(preparation, output, runtime, {"argv": argv, "cwd": str(Path.cwd())})
+    if not preparation.processes.is_first:
+        return
     click.echo(json.dumps({"output": str(output), **summary}, ensure_ascii=False, indent=2) if as_json else output)
 
 
@@ -66,7 +69,7 @@ def _show_plan(preparation: Preparation, *, err: bool) -> None:
     it = preparation
     rows = [
         ("examples", f"{len(it.members)} to train on, {len(it.kept)} to measure on, {len(it.dataset.faults)} left out"),
-        ("steps", f"{it.steps} of {it.recipe.batch_size * it.recipe.accumulation} rows"),
+        ("steps", f"{it.steps} of {it.recipe.batch_size * it.step_batches} rows"),
         ("checkpointing", "on: activations are computed twice" if it.checkpointing else "off"),
         *it.estimate.rows(checkpointing=it.checkpointing),
     ]
