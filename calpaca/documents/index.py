@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -40,6 +40,13 @@ _GROUP = 1024
 
 MOST_SENTENCES = 8
 """Vectors of sentences that a chunk has at most; in a longer one neighbours share a vector."""
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A store that can do now what its first search would do otherwise."""
+
+    def prepare(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -237,6 +244,8 @@ class DocumentIndex:
             self._embeddings.prepared = {}
         self._delete(self.manifest.chunk_ids(changes.gone))
         self.manifest.forget(changes.gone)
+        if isinstance(self.store, Prepared):
+            self.store.prepare()
 
     def _texts(self, chunk: Document) -> list[str]:
         """What is embedded of a chunk: its text, then its sentences where it has several and is prose."""

@@ -1,8 +1,9 @@
 """A vector store on disk: documents and vectors in one SQLite file, searched with FAISS.
 
-SQLite holds everything and every change is one transaction, so a crash leaves the state before it or after it. The
-FAISS index is made from the vectors when the store is first searched and again after a change, also one by another
-process; it is never written, and nothing is pickled.
+SQLite holds everything and every change is one transaction, so a crash leaves the state before it or after it. Up to
+`EXACT_UP_TO` vectors are compared one by one, in memory; they are read when the store is first searched and again after
+a change, also one by another process. Past that an inverted file beside the store chooses candidates, which are then
+compared exactly. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -25,17 +26,32 @@ from langchain_core.vectorstores.utils import maximal_marginal_relevance
 from numpy.typing import NDArray
 
 from calpaca.core.errors import DocumentError
+from calpaca.documents.stores.inverted_file import Block, InvertedFile, newest, sample_size, write
 
 FILE = "vectors.sqlite"
+EXACT_UP_TO = 50_000
+"""Vectors that are compared one by one: 77 MB of 384 numbers each, 5 ms."""
+
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS documents (
-    id TEXT PRIMARY KEY, text TEXT NOT NULL, metadata TEXT NOT NULL, vector BLOB NOT NULL
-)
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, text TEXT NOT NULL, metadata TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS vectors (number INTEGER PRIMARY KEY, vector BLOB NOT NULL);
+CREATE TRIGGER IF NOT EXISTS vector_of_document AFTER DELETE ON documents BEGIN
+    DELETE FROM vectors WHERE number = old.number;
+END;
 """
-_UPSERT = """
-INSERT INTO documents VALUES (?, ?, ?, ?)
-ON CONFLICT (id) DO UPDATE SET text = excluded.text, metadata = excluded.metadata, vector = excluded.vector
-"""
+_INSERT = "INSERT INTO documents (id, text, metadata) VALUES (?, ?, ?)"
+_DELETE = "DELETE FROM documents WHERE id = ?"
+_BLOCK = 8192
+"""Vectors that are read at once."""
+
+_MOST_BEHIND = 0.2
+"""Share of an inverted file that may be gone, or come after it, before it is made anew."""
+
+_CHOICE = 100
+"""Candidates of an inverted file that are compared exactly, at least."""
 
 
 def open_store(folder: Path, embeddings: Embeddings) -> FaissStore:
@@ -45,7 +61,7 @@ def open_store(folder: Path, embeddings: Embeddings) -> FaissStore:
 
 
 class FaissStore(VectorStore):
-    """Exact search by cosine similarity, which is the score everywhere: 1.0 is the same direction.
+    """Search by cosine similarity, which is the score everywhere: 1.0 is the same direction.
 
     Adding an id that is there replaces its document; deleting one that is not does nothing. Metadata is kept as JSON:
     a value that JSON does not know is kept as its text. Safe to use from several threads and processes.
@@ -56,14 +72,26 @@ class FaissStore(VectorStore):
         self._embeddings = embeddings
         self._path = path
         self._lock = threading.RLock()
-        self._ids: list[str] = []
-        self._vectors: NDArray[np.float32] = np.zeros((0, 0), np.float32)
-        self._index: Any = None
+        self._numbers: NDArray[np.int64] = np.zeros(
+            0, np.int64
+        )  # of the vectors in memory, all or those after the file
+        self._index: Any = None  # over them
+        self._file: InvertedFile | None = None
         self._version: tuple[int, int] | None = None
         with self._translated():
             self._connection = sqlite3.connect(path or ":memory:", timeout=30, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute(_SCHEMA)
+            self._check_version()
+            self._connection.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION};")
+
+    def _check_version(self) -> None:
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        tables = self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'documents'").fetchone()
+        if tables and version != _VERSION:
+            raise DocumentError(
+                f"The vector store {self._path} was made by another version of calpaca.",
+                "Delete it to build it again, or use that version.",
+            )
 
     @property
     def embeddings(self) -> Embeddings:
@@ -104,12 +132,13 @@ class FaissStore(VectorStore):
         names = [name or str(uuid.uuid4()) for name in (ids or [""] * len(listed))]
         described = metadatas or [{}] * len(listed)
         vectors = _unit_rows(np.asarray(self._embeddings.embed_documents(listed), np.float32))
-        rows = [
-            (name, text, json.dumps(metadata, ensure_ascii=False, default=str), vector.tobytes())
-            for name, text, metadata, vector in zip(names, listed, described, vectors, strict=True)
-        ]
+        rows = list(zip(names, listed, described, vectors, strict=True))
         with self._transaction() as connection:
-            connection.executemany(_UPSERT, rows)
+            for name, text, metadata, vector in rows:
+                connection.execute(_DELETE, (name,))  # a new number: an inverted file may know the old one
+                described_as = json.dumps(metadata, ensure_ascii=False, default=str)
+                number = connection.execute(_INSERT, (name, text, described_as)).lastrowid
+                connection.execute("INSERT INTO vectors VALUES (?, ?)", (number, vector.tobytes()))
         return names
 
     def delete(self, ids: list[str] | None = None, **_: Any) -> bool:
@@ -118,7 +147,7 @@ class FaissStore(VectorStore):
             if ids is None:
                 connection.execute("DELETE FROM documents")
             else:
-                connection.executemany("DELETE FROM documents WHERE id = ?", [(name,) for name in ids])
+                connection.executemany(_DELETE, [(name,) for name in ids])
         return True
 
     # Reading -------------------------------------------------------------------------------------------------------
@@ -146,10 +175,9 @@ class FaissStore(VectorStore):
         self, embedding: Sequence[float], k: int = 4
     ) -> list[tuple[Document, float]]:
         with self._lock:
-            positions, scores = self._nearest(embedding, k)
-            documents = {document.id: document for document in self.get_by_ids([self._ids[i] for i in positions])}
-            names = [self._ids[position] for position in positions]
-        return [(documents[name], score) for name, score in zip(names, scores, strict=True) if name in documents]
+            near = self._nearest(embedding, k)
+            documents = self._documents(near)
+        return [(documents[number], score) for number, score in near.items() if number in documents]
 
     def max_marginal_relevance_search(
         self, query: str, k: int = 4, fetch_k: int = 20, lambda_mult: float = 0.5, **_: Any
@@ -163,13 +191,14 @@ class FaissStore(VectorStore):
     ) -> list[Document]:
         """Of the `fetch_k` nearest documents the k that repeat each other least; `lambda_mult` 1 is plain similarity."""
         with self._lock:
-            positions, _scores = self._nearest(embedding, fetch_k)
-            if not positions:
+            vectors = self._vectors(self._nearest(embedding, fetch_k))
+            if not vectors:
                 return []
-            chosen = maximal_marginal_relevance(
-                np.asarray(embedding, np.float32), list(self._vectors[positions]), lambda_mult=lambda_mult, k=k
-            )
-            return self.get_by_ids([self._ids[positions[number]] for number in chosen])
+            rows: list[Any] = list(vectors.values())
+            chosen = maximal_marginal_relevance(np.asarray(embedding, np.float32), rows, lambda_mult=lambda_mult, k=k)
+            numbers = [list(vectors)[position] for position in chosen]
+            documents = self._documents(numbers)
+        return [documents[number] for number in numbers if number in documents]
 
     def _select_relevance_score_fn(self) -> Callable[[float], float]:
         return lambda similarity: min(1.0, max(0.0, (similarity + 1.0) / 2.0))  # float32 rounds past 1
@@ -178,20 +207,57 @@ class FaissStore(VectorStore):
         with self._transaction() as connection:
             return int(connection.execute("SELECT count(*) FROM documents").fetchone()[0])
 
-    # The FAISS index -----------------------------------------------------------------------------------------------
-    def _nearest(self, embedding: Sequence[float], k: int) -> tuple[list[int], list[float]]:
-        """Positions and similarities of the k nearest vectors, the best first. The lock is held."""
+    def _documents(self, numbers: Iterable[int]) -> dict[int, Document]:
+        found: dict[int, Document] = {}
+        with self._transaction() as connection:
+            for number in numbers:
+                row = connection.execute(
+                    "SELECT id, text, metadata FROM documents WHERE number = ?", (number,)
+                ).fetchone()
+                if row is not None:
+                    found[number] = Document(id=row[0], page_content=row[1], metadata=json.loads(row[2]))
+        return found
+
+    def _vectors(self, numbers: Iterable[int]) -> dict[int, NDArray[np.float32]]:
+        found: dict[int, NDArray[np.float32]] = {}
+        with self._transaction() as connection:
+            for number in numbers:
+                row = connection.execute("SELECT vector FROM vectors WHERE number = ?", (number,)).fetchone()
+                if row is not None:
+                    found[number] = np.frombuffer(row[0], np.float32)
+        return found
+
+    # Nearness ------------------------------------------------------------------------------------------------------
+    def prepare(self) -> None:
+        """Make the store ready to be searched, which takes a minute for a million vectors."""
+        with self._lock:
+            self._refresh()
+
+    def _nearest(self, embedding: Sequence[float], k: int) -> dict[int, float]:
+        """Similarities of the k nearest vectors by number, the best first. The lock is held."""
         self._refresh()
-        if self._index is None or k < 1:
-            return [], []
-        query = _unit_rows(np.asarray([embedding], np.float32))
-        if query.shape[1] != self._vectors.shape[1]:
+        query = _unit_rows(np.asarray([embedding], np.float32))[0]
+        if k < 1:
+            return {}
+        found: dict[int, float] = {}
+        if self._index is not None:
+            self._check_length(query, self._index.d)
+            scores, positions = self._index.search(query[None], min(k, self._index.ntotal))
+            found = {int(self._numbers[p]): float(score) for p, score in zip(positions[0], scores[0], strict=True)}
+        if self._file is not None:
+            self._check_length(query, self._file.dimensions)
+            vectors = self._vectors(self._file.nearest(query, max(_CHOICE, 4 * k)))
+            found |= {number: float(vector @ query) for number, vector in vectors.items()}
+            found = dict(sorted(found.items(), key=lambda item: -item[1])[:k])
+        return found
+
+    @staticmethod
+    def _check_length(query: NDArray[np.float32], dimensions: int) -> None:
+        if len(query) != dimensions:
             raise DocumentError(
-                f"The index holds vectors of {self._vectors.shape[1]} numbers, the question has {query.shape[1]}.",
+                f"The index holds vectors of {dimensions} numbers, the question has {len(query)}.",
                 "It was made with another embedding model: name that one with --embedding.",
             )
-        scores, positions = self._index.search(query, min(k, len(self._ids)))
-        return [int(position) for position in positions[0]], [float(score) for score in scores[0]]
 
     def _refresh(self) -> None:
         """Read the vectors again when this or another process changed them."""
@@ -200,14 +266,45 @@ class FaissStore(VectorStore):
             version = (int(others), self._connection.total_changes)
             if version == self._version:
                 return
-            rows = self._connection.execute("SELECT id, vector FROM documents ORDER BY rowid").fetchall()
-        self._ids = [row[0] for row in rows]
-        self._index = None
-        if rows:
-            self._vectors = np.frombuffer(b"".join(row[1] for row in rows), np.float32).reshape(len(rows), -1)
-            self._index = faiss.IndexFlatIP(self._vectors.shape[1])
-            self._index.add(self._vectors)
+            self._file = self._inverted_file(len(self))
+            self._index = None
+            blocks = list(self._blocks(after=self._file.last if self._file is not None else 0))
+        if blocks:
+            self._numbers = np.concatenate([numbers for numbers, _ in blocks])
+            self._index = faiss.IndexFlatIP(blocks[0][1].shape[1])
+            for _, vectors in blocks:
+                self._index.add(vectors)
         self._version = version
+
+    def _inverted_file(self, count: int) -> InvertedFile | None:
+        """The file over most of `count` vectors; made here when it is missing or too far behind."""
+        if self._path is None or count <= EXACT_UP_TO:
+            return None
+        path = newest(self._path.parent)
+        if path is not None:
+            same = self._file is not None and self._file.path == path
+            found = self._file if self._file is not None and same else InvertedFile(path)
+            known = self._connection.execute(
+                "SELECT count(*) FROM vectors WHERE number <= ?", (found.last,)
+            ).fetchone()[0]
+            if found.size - known + count - known <= _MOST_BEHIND * found.size:
+                return found
+        return InvertedFile(write(self._path.parent, count, self._sample(count), self._blocks()))
+
+    def _sample(self, count: int) -> NDArray[np.float32]:
+        """Vectors spread evenly over the numbers, [sample_size, dimensions]."""
+        step = max(1, count // sample_size(count))
+        rows = self._connection.execute("SELECT vector FROM vectors WHERE number % ? = 0", (step,))
+        return np.stack([np.frombuffer(row[0], np.float32) for row in rows])
+
+    def _blocks(self, after: int = 0) -> Iterator[Block]:
+        """Numbers and vectors past a number, in their order."""
+        cursor = self._connection.execute(
+            "SELECT number, vector FROM vectors WHERE number > ? ORDER BY number", (after,)
+        )
+        while rows := cursor.fetchmany(_BLOCK):
+            vectors = np.frombuffer(b"".join(row[1] for row in rows), np.float32).reshape(len(rows), -1)
+            yield np.array([row[0] for row in rows], np.int64), vectors
 
     # SQLite --------------------------------------------------------------------------------------------------------
     @contextmanager
