@@ -1,10 +1,12 @@
 """Converting: `calpaca models convert` from Hugging Face's form to `.pth` and back, beside `cp` + sha256 of the model.
 
-Run: python bench/converting.py [--size 3] [--parts 2] [--rounds 2] [--folder DIR]
+Run: python bench/converting.py [--size 3] [--parts 1] [--rounds 2] [--known] [--folder DIR]
 
-Makes a model of random bfloat16 weights, `--size` GB of layers of a 7B model, then runs each way in a process of its
-own, in turns, and deletes what it made. Needs three times the size on the disk. Prints wall time and peak resident
-memory (`ru_maxrss`) of every run, the medians, and their ratios; fails when what comes back is not what went in.
+Makes a model of random bfloat16 weights, `--size` GB of layers of a 7B model (13.5 is a whole one), then runs each way in
+a process of its own, in turns, and deletes what it made. Needs twice the size on the disk. calpaca also hashes what it
+reads, unless it wrote those files itself or hashed them before: that is forgotten before each run, or kept with
+`--known`. Prints wall time, processor time and peak resident memory (`ru_maxrss`) of every run, the medians, and their
+ratios; fails when what comes back is not what went in.
 """
 
 from __future__ import annotations
@@ -19,12 +21,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from merging import SHAPES, copy_and_hash, make_base
 
 EMBEDDINGS, LAYER = 0.524, 0.405  # GB of a 7B model
 COPY, TO_PTH, TO_HF = "cp + sha256", "HF -> .pth", ".pth -> HF"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Wall time and processor time in seconds, peak memory in megabytes."""
+
+    way: str
+    seconds: float
+    processor: float
+    peak: float
 
 
 def convert(source: Path, output: Path, *options: str) -> None:
@@ -34,42 +47,49 @@ def convert(source: Path, output: Path, *options: str) -> None:
 
 
 def child(way: str, source: Path, output: Path, parts: str) -> None:
-    """Run a way; prints its seconds and the peak of this process and its children in megabytes."""
+    """Run a way; prints its seconds, those of processors, and the peak of this process and its children in megabytes."""
     begin = time.perf_counter()
     if way == COPY:
         copy_and_hash(source, source, output)
     else:
         convert(source, output, *["--to", "pth", "--parts", parts] * (way == TO_PTH))
     seconds = time.perf_counter() - begin
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1e3
-    print(f"{seconds:.2f} {peak:.0f}")
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    processor = sum(each.ru_utime + each.ru_stime for each in used)
+    print(f"{seconds:.2f} {processor:.2f} {max(each.ru_maxrss for each in used) / 1e3:.0f}")
 
 
-def run(way: str, source: Path, output: Path, parts: int) -> tuple[str, float, float]:
+def run(way: str, source: Path, output: Path, parts: int, known: bool) -> Result:
+    if not known:
+        Path(os.environ["CALPACA_CACHE"], "fingerprints.sqlite").unlink(missing_ok=True)
     arguments = [sys.executable, __file__, "--child", way, str(source), str(output), str(parts)]
     told = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    seconds, peak = map(float, told.stdout.split()[-2:])
-    print(f"{way:12} {seconds:7.1f} s  {peak:7.0f} MB", flush=True)
-    return way, seconds, peak
+    result = Result(way, *map(float, told.stdout.split()[-3:]))
+    print(
+        f"{way:12} {result.seconds:7.1f} s  {result.processor:7.1f} s of processors  {result.peak:7.0f} MB", flush=True
+    )
+    return result
 
 
-def one_round(folder: Path, parts: int) -> Iterator[tuple[str, float, float]]:
-    base, copy, pth, back = (folder / name for name in ("base", "copy", "pth", "back"))
-    yield run(COPY, base, copy, parts)
+def one_round(folder: Path, parts: int, known: bool) -> Iterator[Result]:
+    """There and back; what comes back is the base of the next round, so that no more than two models lie there."""
+    base, copy, pth = (folder / name for name in ("base", "copy", "pth"))
+    yield run(COPY, base, copy, parts, known)
     shutil.rmtree(copy)
-    yield run(TO_PTH, base, pth, parts)
-    yield run(TO_HF, pth, back, parts)
-    check_same(base, back)
+    yield run(TO_PTH, base, pth, parts, known)
+    before = weights_of(base)
+    shutil.rmtree(base)
+    yield run(TO_HF, pth, base, parts, known)
+    assert weights_of(base) == before, "other weights came back"
     shutil.rmtree(pth)
-    shutil.rmtree(back)
 
 
-def check_same(first: Path, second: Path) -> None:
+def weights_of(folder: Path) -> str:
     from calpaca.core.checkpoint.manifest import read_manifest
 
-    manifests = read_manifest(first), read_manifest(second)
-    assert manifests[0] is not None and manifests[1] is not None
-    assert manifests[0].weights == manifests[1].weights, "other weights came back"
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    return manifest.weights
 
 
 def make(folder: Path, size: float) -> None:
@@ -89,18 +109,24 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", type=float, default=3, help="GB of weights")
-    parser.add_argument("--parts", type=int, default=2, help="number of .pth files")
+    parser.add_argument("--parts", type=int, default=1, help="number of .pth files")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--known", action="store_true", help="keep the digests of files that were hashed or written")
     parser.add_argument("--folder", type=Path, help="where there is room")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        os.environ |= {"CALPACA_DATA": f"{temporary}/data", "HF_HUB_OFFLINE": "1"}
+        os.environ |= {
+            "CALPACA_DATA": f"{temporary}/data",
+            "CALPACA_CACHE": f"{temporary}/cache",
+            "HF_HUB_OFFLINE": "1",
+        }
         subprocess.run([sys.executable, __file__, "--make", temporary, str(options.size)], check=True)
-        results = [each for _ in range(options.rounds) for each in one_round(Path(temporary), options.parts)]
-    copied = statistics.median(seconds for way, seconds, _ in results if way == COPY)
+        rounds = (one_round(Path(temporary), options.parts, options.known) for _ in range(options.rounds))
+        results = [result for each in rounds for result in each]
+    copied = statistics.median(result.seconds for result in results if result.way == COPY)
     for way in (COPY, TO_PTH, TO_HF):
-        median = statistics.median(seconds for each, seconds, _ in results if each == way)
-        peak = max(peak for each, _, peak in results if each == way)
+        median = statistics.median(result.seconds for result in results if result.way == way)
+        peak = max(result.peak for result in results if result.way == way)
         print(f"median   {way:12} {median:7.1f} s  {peak:7.0f} MB at most  {median / copied:.2f} x (cp + sha256)")
 
 

@@ -25,39 +25,36 @@ _SENT = 64 << 20  # bytes after which the system is told to begin with the disk,
 
 
 class _Consumer:
-    """A thread that takes pieces in order. An error in it is raised at the next call."""
+    """A thread that is given pieces and what to do with each, in order. An error in it is raised at the next call."""
 
-    def __init__(self, take: Callable[[Buffer], object]) -> None:
-        self._queue: Queue[Buffer | threading.Event | None] = Queue(maxsize=_WAITING)
-        self._take = take
+    def __init__(self) -> None:
+        self._queue: Queue[tuple[Callable[[Buffer], object], Buffer] | None] = Queue(maxsize=_WAITING)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
-            elif self._error is None:
+            if self._error is None:
+                take, piece = item
                 try:
-                    self._take(item)
+                    take(piece)
                 except BaseException as error:  # raised again where the pieces come from
                     self._error = error
 
-    def put(self, piece: Buffer) -> None:
+    def put(self, take: Callable[[Buffer], object], piece: Buffer) -> None:
         self._raise()
-        self._queue.put(piece)
-
-    def wait(self) -> None:
-        """Until everything put so far has been taken."""
-        done = threading.Event()
-        self._queue.put(done)
-        done.wait()
-        self._raise()
+        self._queue.put((take, piece))
 
     def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
+        """Wait for everything put so far, and end. Once closed it can be closed again."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+
+    def finish(self) -> None:
+        self.close()
+        self._raise()
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -65,7 +62,8 @@ class _Consumer:
 
 
 class FileStream:
-    """A file being written from its first byte to its last. A context manager; after it, `record` describes the file.
+    """A file being written from its first byte to its last. A context manager; after it, `record` describes the file
+    and `tensors` each tensor.
 
     Raises OSError when the disk does, and ModelError when a tensor's bytes are not as many as its shape needs.
     """
@@ -75,13 +73,9 @@ class FileStream:
         self._name = name
         self._advance = advance
         self._digest = hashlib.sha256()
-        self._tensor_digest = hashlib.sha256()
+        self._hashed: list[tuple[PlannedTensor, hashlib._Hash]] = []
         self._size = self._written = self._sent = 0
-        self._consumers = {
-            "file": _Consumer(self._write_all),
-            "digest": _Consumer(self._digest.update),
-            "tensor": _Consumer(self._hash_tensor),
-        }
+        self._writer, self._hasher, self._tensor_hasher = _Consumer(), _Consumer(), _Consumer()
         self.tensors: dict[str, TensorRecord] = {}
         self.record: FileRecord | None = None
 
@@ -91,45 +85,46 @@ class FileStream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        consumers = (self._writer, self._hasher, self._tensor_hasher)
         try:
             if error is None:
-                for consumer in self._consumers.values():
-                    consumer.wait()
+                for consumer in consumers:
+                    consumer.finish()
                 os.fsync(self._file.fileno())
                 self.record = FileRecord(self._size, self._digest.hexdigest())
+                self.tensors = {
+                    tensor.name: TensorRecord(self._name, tensor.dtype, tensor.shape, digest.hexdigest())
+                    for tensor, digest in self._hashed
+                }
         finally:
-            for consumer in self._consumers.values():
+            for consumer in consumers:
                 consumer.close()
             self._file.close()
 
     def write(self, data: Buffer) -> None:
         """The next bytes of the file."""
         self._size += len(data)
-        self._consumers["file"].put(data)
-        self._consumers["digest"].put(data)
+        self._writer.put(self._write_all, data)
+        self._hasher.put(self._digest.update, data)
 
     def write_tensor(self, tensor: PlannedTensor, write: Callable[[Buffer], object] | None = None) -> None:
         """Make a tensor and write its bytes; `write` is what puts them into the file, if not this class itself."""
-        self._tensor_digest = hashlib.sha256()
-        written = 0
+        digest, written = hashlib.sha256(), 0
         for buffer in tensor.chunks():
             view = memoryview(buffer).cast("B")
             for start in range(0, len(view), _PIECE):
                 piece = view[start : start + _PIECE]
-                self._consumers["tensor"].put(piece)
+                self._tensor_hasher.put(digest.update, piece)
                 (write or self.write)(piece)
                 self._advance(len(piece))
             written += len(view)
-        self._consumers["tensor"].wait()
         if written != tensor.size:
             raise ModelError(
                 f"{tensor.name} came out with {written:,} bytes; {list(tensor.shape)} of {tensor.dtype} are"
                 f" {tensor.size:,}.",
                 "The input changed while it was read; run the command again.",
             )
-        self.tensors[tensor.name] = TensorRecord(
-            self._name, tensor.dtype, tensor.shape, self._tensor_digest.hexdigest()
-        )
+        self._hashed.append((tensor, digest))
 
     def _write_all(self, piece: Buffer) -> None:
         view = memoryview(piece)
@@ -147,6 +142,3 @@ class FileStream:
             length = self._written - self._sent
             os.posix_fadvise(self._file.fileno(), self._sent, length, os.POSIX_FADV_DONTNEED)
         self._sent = self._written
-
-    def _hash_tensor(self, piece: Buffer) -> None:
-        self._tensor_digest.update(piece)
