@@ -116,7 +116,9 @@ def _copied(row: Row, _: Limits) -> bool:
 
 def _toxic(row: Row, limits: Limits) -> bool:
     text = f"{row.question}\n{row.answer}".casefold()
-    return any(word in text if not word.isascii() else re.search(rf"\b{re.escape(word)}\b", text) for word in limits.toxic)
+    return any(
+        word in text if not word.isascii() else re.search(rf"\b{re.escape(word)}\b", text) for word in limits.toxic
+    )
 
 
 _CHECKS: dict[str, Callable[[Row, Limits], bool]] = {

@@ -30,7 +30,9 @@ class Prompts:
         try:
             return path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"The prompt {path} cannot be read: {error}.", "It must be a text file in UTF-8.") from error
+            raise UsageError(
+                f"The prompt {path} cannot be read: {error}.", "It must be a text file in UTF-8."
+            ) from error
 
     def filled(self, name: str, **values: object) -> str:
         """A prompt with `$name` replaced. Raises UsageError for a name that it should not hold."""
@@ -38,7 +40,9 @@ class Prompts:
             return Template(self.text(f"{name}.md")).substitute(values).strip()
         except (KeyError, ValueError) as error:
             known = ", ".join(f"${each}" for each in values)
-            raise UsageError(f"The prompt {name}.md cannot be filled in: {error}.", f"It may hold {known}; $$ is a dollar.") from error
+            raise UsageError(
+                f"The prompt {name}.md cannot be filled in: {error}.", f"It may hold {known}; $$ is a dollar."
+            ) from error
 
     def lines(self, name: str) -> list[str]:
         """The lines of a list, without blank ones."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import json_repair
 
-_LISTS = ("rows", "data", "records", "items")
+_LISTS = ("rows", "turns", "data", "records", "items")
 
 
 def read_records(reply: str) -> list[Mapping[str, Any]]:
