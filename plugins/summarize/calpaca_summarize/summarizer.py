@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import run_in_executor
 
 from calpaca.core.context import ContextUse
 from calpaca.core.engine import Sampling, Usage
@@ -84,6 +85,12 @@ class Summarizer(Runnable[str, Any]):
     def stream(self, input: str = "", config: RunnableConfig | None = None, **_: Any) -> Iterator[Any]:
         """Events; the last one is a Result."""
         yield from self._transform_stream_with_config(iter([input]), self._transform, config)
+
+    async def astream(self, input: str = "", config: RunnableConfig | None = None, **_: Any) -> AsyncIterator[Any]:
+        """`stream`, each event computed in a thread."""
+        events = self.stream(input, config)
+        while (event := await run_in_executor(config, next, events, None)) is not None:
+            yield event
 
     def _transform(self, inputs: Iterator[str]) -> Iterator[Any]:
         for text in inputs:
