@@ -30,6 +30,7 @@ COMMANDS = {
     ),
     "plugins": ("calpaca.cli.plugins:plugins", "List the installed plugins and what is wrong with them."),
     "jobs": ("calpaca.cli.jobs:jobs", "List, explain and resume long runs."),
+    "indexes": ("calpaca.cli.indexes:indexes", "List and remove indexes of documents."),
     "bench": ("calpaca.cli.bench:bench", "Measure what runs fastest on this machine."),
     "doctor": (
         "calpaca.cli.doctor:doctor",

@@ -21,12 +21,13 @@ from calpaca.core.embedding import Embedder
 from calpaca.core.errors import DocumentError, MissingExtraError
 from calpaca.core.events import Event, Notice, Progress
 from calpaca.core.jobs import Job, step_key
-from calpaca.core.paths import cache_dir
 from calpaca.core.registry import Component, Registry
+from calpaca.documents import shelf
 from calpaca.documents.hybrid import HybridRetriever
 from calpaca.documents.loaders import FoundFiles, find_files, load_file
 from calpaca.documents.manifest import IndexedChunk, Manifest
 from calpaca.documents.sentences import runs
+from calpaca.documents.shelf import IndexDescription, ShelvedIndex
 from calpaca.documents.splitter import CHUNK_OVERLAP, CHUNK_SIZE, SentenceSplitter
 from calpaca.documents.vectors import PreparedEmbeddings
 
@@ -91,7 +92,8 @@ class DocumentIndex:
     Each combination of files, embedder and options has a folder of its own in the cache, so vectors of two embedders
     never mix. `sync` brings it up to date; `retriever` searches it, and so does `store`, a LangChain VectorStore;
     `failed` are the files that the last `sync` could not read. With `sentences` each sentence of a chunk has a vector as
-    well, which finds more and takes about twice the time to index (docs/quality.md).
+    well, which finds more and takes about twice the time to index (docs/quality.md). A `collection` is an index with a
+    name of its own, whose paths may change.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class DocumentIndex:
         chunk_size: int = CHUNK_SIZE,
         chunk_overlap: int = CHUNK_OVERLAP,
         sentences: bool = True,
+        collection: str = "",
     ) -> None:
         self.paths = [Path(path).expanduser() for path in paths]
         self.embedder = embedder
@@ -111,21 +114,25 @@ class DocumentIndex:
         self.store_component = store
         self.sentences = sentences
         self.splitter = SentenceSplitter(embedder.count_tokens, chunk_size, chunk_overlap)
-        self.folder = cache_dir() / "indexes" / self._key()
+        self.description = self._described(collection)
+        self.folder = shelf.shelf() / self._key()
         self.failed: dict[Path, DocumentError | MissingExtraError] = {}
         self._embeddings = PreparedEmbeddings(embedder)
 
+    def _described(self, collection: str) -> IndexDescription:
+        options = {
+            "chunk_size": self.splitter.chunk_size,
+            "chunk_overlap": self.splitter.chunk_overlap,
+            "sentences": self.sentences,
+            "store": self.store_component.name,
+        }
+        paths = tuple(sorted(str(path.resolve()) for path in self.paths))
+        return IndexDescription(FORMAT, collection, paths, self.embedder.name, self.embedder.fingerprint, options)
+
     def _key(self) -> str:
-        key = step_key(
-            "index",
-            format=FORMAT,
-            paths=sorted(str(path.resolve()) for path in self.paths),
-            embedder=self.embedder.fingerprint,
-            chunk_size=self.splitter.chunk_size,
-            chunk_overlap=self.splitter.chunk_overlap,
-            sentences=self.sentences,
-            store=self.store_component.name,
-        )
+        described = self.description
+        named = {"collection": described.collection} if described.collection else {"paths": described.paths}
+        key = step_key("index", format=FORMAT, embedder=described.fingerprint, **described.options, **named)
         return key[:20]
 
     @cached_property
@@ -164,15 +171,24 @@ class DocumentIndex:
         Raises DocumentError for a missing path, a named file that cannot be read, and when there is nothing to index.
         """
         found = find_files(self.paths, self.loaders)
-        lock = FileLock(self.manifest.path.with_suffix(".lock"), thread_local=False)
+        lock = FileLock(self.manifest.path.parent / shelf.LOCK, thread_local=False)
         yield from _acquire(lock)
         try:
+            yield from self._introduce()
             changes = yield from self._changes(found)
             if changes:
                 with start() as job:
                     yield from self._apply(job, changes)
         finally:
             lock.release()
+
+    def _introduce(self) -> Iterator[Event]:
+        """Say why an index is made although the same documents have one, and describe it."""
+        if shelf.read(self.folder) == self.description:
+            return
+        others = [each for each in shelf.indexes() if each.folder != self.folder]
+        yield from _replacements(self.description, others)
+        shelf.write(self.folder, self.description)
 
     # Reading -------------------------------------------------------------------------------------------------------
     def _changes(self, found: FoundFiles) -> Generator[Event, None, _Changes]:
@@ -287,6 +303,20 @@ class DocumentIndex:
     def _delete(self, names: set[str]) -> None:
         if names:
             self.store.delete(sorted(names))
+
+
+def _replacements(new: IndexDescription, others: Sequence[ShelvedIndex]) -> Iterator[Event]:
+    """What is to be said about indexes of the same documents that cannot be used."""
+    for other in others:
+        old = other.description
+        if old.subject != new.subject or old.options != new.options:
+            continue
+        stays = f"The old index stays until it is removed: calpaca indexes remove {other.id}"
+        if old.fingerprint != new.fingerprint:
+            models = f"with {new.embedder}; {old.embedder} was used before"
+            yield Notice(f"Vectors of two embedding models are never mixed: embedding anew {models}. {stays}")
+        elif old.format != new.format:
+            yield Notice(f"The index was made by another version of calpaca and is made anew. {stays}")
 
 
 def _acquire(lock: FileLock) -> Iterator[Event]:

@@ -1,5 +1,6 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRun
 def make_index(runtime: FakeRuntime) -> Callable[..., DocumentIndex]:
     """`make_index(path, …)` opens an index on the runtime's fake embedder, in small chunks."""
 
-    def make(*paths: Path, store: str = "faiss", **options: int) -> DocumentIndex:
+    def make(*paths: Path, store: str = "faiss", **options: Any) -> DocumentIndex:
         sizes = {"chunk_size": 13, "chunk_overlap": 0} | options
         return DocumentIndex(paths, runtime.fake_embedder, runtime.loaders, runtime.stores.get(store), **sizes)
 

@@ -14,7 +14,7 @@ KIND = "retrieval_index"
 
 def start_job(options: RetrievalIndexOptions | RetrievalQAOptions, runtime: Runtime) -> Job:
     """Begin the indexing of these documents in the ledger. Raises JobError when it is running elsewhere."""
-    names = ", ".join(str(path) for path in options.files)
+    names = options.collection or ", ".join(str(path) for path in options.files)
     return runtime.jobs.start(KIND, f"Index {names}", options.job_parameters(options.embedding))
 
 
