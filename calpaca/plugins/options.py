@@ -33,6 +33,11 @@ class Flag:
     name: str
 
 
+@dataclass(frozen=True)
+class OwnersOnly:
+    """Marks an option that a server's clients may not set, as files and models are: `Annotated[str, OwnersOnly()]`."""
+
+
 class ModelOptions(BaseModel):
     """Which model an app runs, and how. What is left out comes from the settings."""
 

@@ -16,7 +16,7 @@ from calpaca.core.errors import UsageError
 from calpaca.core.events import Event
 from calpaca.core.runtime import Runtime
 from calpaca.plugins.app import App, Turn
-from calpaca.plugins.options import ModelOptions, read_options
+from calpaca.plugins.options import ModelOptions, OwnersOnly, read_options
 from calpaca_openai_api.faults import ApiError
 
 _MOST_RUNNERS = 16
@@ -88,7 +88,9 @@ class AppRuns:
 
     def _is_open(self, name: str) -> bool:
         info = self.app.load_options().model_fields[name]
-        return name not in ModelOptions.model_fields and name != self.app.input and not _names_files(info.annotation)
+        if name in ModelOptions.model_fields or name == self.app.input or _names_files(info.annotation):
+            return False
+        return not any(isinstance(mark, OwnersOnly) for mark in info.metadata)
 
     async def events(self, options: Mapping[str, Any], text: str, history: Sequence[Turn] = ()) -> AsyncIterator[Event]:
         """What the app reports, from a thread of its own. Closing the iterator stops the work.

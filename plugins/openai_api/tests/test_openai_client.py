@@ -241,6 +241,8 @@ async def test_an_apps_files_and_models_are_not_the_clients_to_choose(aclient):
     for name, value in {
         "files": ["/etc/passwd"],
         "prompt_file": "/etc/passwd",
+        "make_evalset": "/tmp/x",
+        "session": "somebody-else",
         "model": "x",
         "trust_remote_code": True,
     }.items():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from calpaca.core.context import ContextPolicy
-from calpaca.plugins.options import ModelOptions, SamplingOptions
+from calpaca.plugins.options import ModelOptions, OwnersOnly, SamplingOptions
 from calpaca_retrieval_qa.index_options import IndexOptions
 from calpaca_retrieval_qa.search_options import SearchOptions
 
@@ -38,7 +38,9 @@ class RetrievalQAOptions(IndexOptions, SearchOptions, ModelOptions, SamplingOpti
         "drop",
         description="Passages without room in the context: drop (named), summarise, refine (asked about in turn) or error.",
     )
-    session: str | None = Field(None, description="Name of a conversation to begin or go on with.")
+    session: Annotated[str | None, OwnersOnly()] = Field(
+        None, description="Name of a conversation to begin or go on with."
+    )
     rewrite: bool = Field(True, description="Have follow-up questions rewritten so that they stand alone.")
     prompt_file: Path | None = Field(None, description="TOML file with prompts of your own.")
 
