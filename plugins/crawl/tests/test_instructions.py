@@ -13,7 +13,23 @@ from calpaca.cli.main import program
 from calpaca.core.errors import JobError, ModelError, UsageError
 from calpaca.testing import fake_runtime
 
-WORDS = "river mountain engine violin orchard planet lantern harbour carpet melon thunder pencil copper falcon saddle".split()
+WORDS = [
+    "river",
+    "mountain",
+    "engine",
+    "violin",
+    "orchard",
+    "planet",
+    "lantern",
+    "harbour",
+    "carpet",
+    "melon",
+    "thunder",
+    "pencil",
+    "copper",
+    "falcon",
+    "saddle",
+]
 
 
 def reply(rows: list[dict[str, str]]) -> str:
@@ -39,7 +55,9 @@ def crawl(monkeypatch, tmp_path) -> Callable[..., Result]:
     monkeypatch.chdir(tmp_path)
 
     def run(answers, *arguments: str) -> Result:
-        monkeypatch.setattr("calpaca_crawl.commands.instructions.shared_runtime", lambda: fake_runtime(answers, by="character"))
+        monkeypatch.setattr(
+            "calpaca_crawl.commands.instructions.shared_runtime", lambda: fake_runtime(answers, by="character")
+        )
         return CliRunner().invoke(
             program, ["crawl", "instructions", *arguments, "--no-constrained", "--records", "1"], catch_exceptions=True
         )
@@ -97,7 +115,9 @@ def test_tokens_never_exceed_their_limit(crawl) -> None:
 
 
 def test_the_cost_never_exceeds_its_limit(crawl) -> None:
-    crawl(Writer(), "rows.jsonl", "--max-cost", "0.02", "--price-in", "2", "--price-out", "6", "--max-new-tokens", "300")
+    crawl(
+        Writer(), "rows.jsonl", "--max-cost", "0.02", "--price-in", "2", "--price-out", "6", "--max-new-tokens", "300"
+    )
     assert report()["stopped"] == "max_cost"
     assert 0 < report()["cost"] <= 0.02
 
@@ -161,12 +181,25 @@ def test_questions_on_documents_carry_the_place_of_what_they_quote(crawl) -> Non
 
 def test_given_instructions_are_answered(crawl) -> None:
     Path("asked.txt").write_text("Name a colour.\nName a metal.\n")
-    crawl(lambda prompt: "Copper" if "metal" in prompt else "Green", "rows.jsonl", "--method", "answers", "--data-file", "asked.txt")
-    assert [(row["instruction"], row["output"]) for row in rows()] == [("Name a colour.", "Green"), ("Name a metal.", "Copper")]
+    crawl(
+        lambda prompt: "Copper" if "metal" in prompt else "Green",
+        "rows.jsonl",
+        "--method",
+        "answers",
+        "--data-file",
+        "asked.txt",
+    )
+    assert [(row["instruction"], row["output"]) for row in rows()] == [
+        ("Name a colour.", "Green"),
+        ("Name a metal.", "Copper"),
+    ]
 
 
 def test_dialogues_are_written_in_the_forms_of_trainers(crawl) -> None:
-    turns = [{"user": "What is a falcon?", "assistant": "A bird."}, {"user": "Does it hunt?", "assistant": "Yes, other birds."}]
+    turns = [
+        {"user": "What is a falcon?", "assistant": "A bird."},
+        {"user": "Does it hunt?", "assistant": "Yes, other birds."},
+    ]
     answer = json.dumps({"turns": turns})
     crawl([answer], "a.jsonl", "--method", "dialogues", "--max-rows", "1")
     crawl([answer], "s.jsonl", "--method", "dialogues", "--max-rows", "1", "--form", "sharegpt")
@@ -177,7 +210,18 @@ def test_dialogues_are_written_in_the_forms_of_trainers(crawl) -> None:
 
 
 def test_bootstrapping_and_evolution_name_the_rows_they_come_from(crawl) -> None:
-    crawl(Writer(), "rows.jsonl", "--method", "self_instruct", "--method", "evolve", "--max-rows", "12", "--in-flight", "2")
+    crawl(
+        Writer(),
+        "rows.jsonl",
+        "--method",
+        "self_instruct",
+        "--method",
+        "evolve",
+        "--max-rows",
+        "12",
+        "--in-flight",
+        "2",
+    )
     own = {row["provenance"]["id"] for row in rows()}
     parents = [set(row["provenance"]["parents"]) for row in rows()]
     assert all(parents)

@@ -1,0 +1,188 @@
+"""A crawl: Scrapy in this process, without a reactor, and what it found as documents and a report."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from calpaca.core.errors import JobError, UsageError
+from calpaca.core.jobs import Job, Ledger
+from calpaca.core.near_duplicates import NearDuplicates
+from calpaca.core.paths import atomic_file, cache_dir
+from calpaca_crawl.page import Page
+from calpaca_crawl.web_options import WebOptions
+
+_UNFINISHED = {"interrupted", "failed", "cancelled"}
+
+
+def begun(ledger: Ledger, kind: str, parameters: dict[str, Any]) -> str:
+    """When the crawl began that this one goes on with: the last with these parameters, if it did not end by itself."""
+    for record in ledger.jobs():
+        if record.kind == kind and record.state in _UNFINISHED and _same(record.parameters, parameters):
+            return str(record.parameters["begun"])
+    return datetime.now(UTC).isoformat()
+
+
+def _same(recorded: Any, parameters: dict[str, Any]) -> bool:
+    return {name: value for name, value in recorded.items() if name not in {"begun", "argv", "cwd"}} == parameters
+
+
+def crawl(
+    starts: Sequence[str], options: WebOptions, job: Job, started: str, progress: Callable[[Any], None]
+) -> dict[str, Any]:
+    """Crawl, write the documents and give the report's figures. Raises JobError where no page could be had."""
+    from scrapy.crawler import AsyncCrawlerRunner
+    from scrapy.settings import Settings
+
+    from calpaca_crawl.site_spider import SiteSpider
+
+    for name in ("scrapy", "httpx", "httpx2", "trafilatura", "htmldate", "charset_normalizer"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    runner = AsyncCrawlerRunner(Settings(scrapy_settings(options)))
+    crawler = runner.create_crawler(SiteSpider)
+
+    async def run() -> None:
+        await runner.crawl(crawler, tuple(starts), options, job, started, progress)
+
+    asyncio.run(run())
+    spider: Any = crawler.spider
+    if spider is None or crawler.stats is None:
+        raise JobError("The crawler could not be started.", "Set CALPACA_DEBUG=1 and look at its log.")
+    kept, duplicates = distinct(spider.pages.values(), options)
+    write(kept, options)
+    figures = _figures(crawler.stats.get_stats(), job) | {"documents": len(kept), **duplicates}
+    figures["languages"] = _counted(page.language for page in kept)
+    return figures
+
+
+def scrapy_settings(options: WebOptions) -> dict[str, Any]:
+    """Scrapy's settings for a crawl (https://docs.scrapy.org/en/latest/topics/settings.html)."""
+    return {
+        "TWISTED_REACTOR_ENABLED": False,
+        "TELNETCONSOLE_ENABLED": False,
+        "LOG_ENABLED": False,
+        "COOKIES_ENABLED": False,
+        "USER_AGENT": options.user_agent,
+        "ROBOTSTXT_OBEY": options.robots,
+        "DOWNLOAD_TIMEOUT": options.timeout,
+        "DOWNLOAD_MAXSIZE": int(options.max_megabytes * 1e6),
+        "DOWNLOAD_WARNSIZE": 0,
+        "DOWNLOAD_DELAY": options.delay,
+        "CONCURRENT_REQUESTS": options.in_flight,
+        "CONCURRENT_REQUESTS_PER_DOMAIN": options.per_host,
+        "RETRY_TIMES": options.retries,
+        "REDIRECT_MAX_TIMES": 8,
+        "DEPTH_LIMIT": options.depth or -1,
+        "DEPTH_PRIORITY": 1,
+        "SCHEDULER_DISK_QUEUE": "scrapy.squeues.PickleFifoDiskQueue",
+        "SCHEDULER_MEMORY_QUEUE": "scrapy.squeues.FifoMemoryQueue",
+        "HTTPCACHE_ENABLED": options.cache,
+        "HTTPCACHE_DIR": str(cache_dir() / "crawl"),
+        "HTTPCACHE_POLICY": "scrapy.extensions.httpcache.RFC2616Policy",
+        "CALPACA_PRIVATE_ADDRESSES": options.private_addresses,
+        "DOWNLOADER_MIDDLEWARES": {
+            "calpaca_crawl.site_spider.RecordedPages": 20,
+            "calpaca_crawl.address_guard.AddressGuard": 610,
+        },
+    }
+
+
+def distinct(pages: Any, options: WebOptions) -> tuple[list[Page], dict[str, int]]:
+    """The pages by address, without those that say nearly what an earlier one says, or next to nothing."""
+    pool, kept = NearDuplicates(options.similarity), []
+    short = duplicates = 0
+    for page in sorted(pages, key=lambda page: page.url):
+        if page.file is None and len(page.text) < options.shortest:
+            short += 1
+        elif page.file is None and pool.add(page.text) is not None:
+            duplicates += 1
+        else:
+            kept.append(replace(page))
+    return kept, {"too_short": short, "near_duplicates": duplicates}
+
+
+def write(pages: Sequence[Page], options: WebOptions) -> None:
+    """Write documents in the chosen form. Raises JobError when the disk is full or cannot be written."""
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        if options.form == "jsonl":
+            lines = (json.dumps(page.written(), ensure_ascii=False) + "\n" for page in pages if page.file is None)
+            with atomic_file(options.output / "documents.jsonl") as file, file.open("w", encoding="utf-8") as stream:
+                stream.writelines(lines)
+            return
+        for page in pages:
+            if page.file is None:
+                with atomic_file(options.output / f"{_file_name(page.url)}.md") as file:
+                    file.write_text(_markdown(page), encoding="utf-8")
+    except OSError as error:
+        raise JobError(
+            f"{options.output} cannot be written: {error.strerror or error}.",
+            "Free some space; the pages are kept: give the same command again.",
+        ) from error
+
+
+def check_output(options: WebOptions, resumed: bool) -> None:
+    """Raise UsageError where the folder holds something else."""
+    folder = options.output
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file.", "Name a folder with --output.")
+    if (
+        folder.is_dir()
+        and any(folder.iterdir())
+        and not (resumed or options.overwrite or report_path(folder).is_file())
+    ):
+        raise UsageError(f"{folder} holds files that no crawl wrote.", "Name another folder, or say --overwrite.")
+
+
+def report_path(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.report.json")
+
+
+def _markdown(page: Page) -> str:
+    head = [f"title: {json.dumps(page.title, ensure_ascii=False)}", f"url: {page.url}"]
+    head += [f"date: {page.date}"] if page.date else []
+    return "---\n" + "\n".join(head) + f"\n---\n\n{page.text}\n"
+
+
+def _file_name(url: str) -> str:
+    """A name that people recognise and no other page has."""
+    import hashlib
+    import re
+
+    readable = re.sub(r"[^\w.-]+", "-", url.partition("://")[2]).strip("-")[:80]
+    return f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+
+
+def _figures(stats: dict[str, Any], job: Job) -> dict[str, Any]:
+    failed = {name.rpartition("/")[2]: count for name, count in stats.items() if name.startswith("calpaca/failed/")}
+    statuses = {
+        name.rpartition("/")[2]: count
+        for name, count in stats.items()
+        if name.startswith("downloader/response_status_count/")
+    }
+    return {
+        "pages": job.done,
+        "reused": job.reused,
+        "stopped": stats.get("finish_reason"),
+        "requests": stats.get("downloader/request_count", 0),
+        "bytes": stats.get("downloader/response_bytes", 0),
+        "statuses": statuses,
+        "failed": failed,
+        "retried": stats.get("retry/count", 0),
+        "robots_refused": stats.get("robotstxt/forbidden", 0),
+        "refused_addresses": stats.get("calpaca/refused_addresses", 0),
+        "unchanged": stats.get("httpcache/revalidate", 0),
+        "seconds": round(stats.get("elapsed_time_seconds") or 0.0, 1),
+    }
+
+
+def _counted(values: Any) -> dict[str, int]:
+    from collections import Counter
+
+    return dict(Counter(str(value) for value in values if value).most_common())

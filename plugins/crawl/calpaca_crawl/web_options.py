@@ -1,0 +1,42 @@
+"""What `calpaca crawl web` is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from calpaca.plugins.options import Flag
+
+
+class WebOptions(BaseModel):
+    """The options, beside the start addresses."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    output: Path = Field(Path("corpus"), description="Folder for the documents; the report stands beside it.")
+    form: Literal["jsonl", "markdown"] = Field("jsonl", description="documents.jsonl, or a Markdown file per page.")
+    sitemap: bool = Field(False, description="Begin with the pages of each site's sitemap too.")
+    domains: Annotated[list[str], Flag("domain")] = Field(
+        [], description="Domain whose pages are followed, with those below it; repeat. Left out: the start addresses'."
+    )
+    include: list[str] = Field([], description="Regular expression that addresses must match; repeat, one is enough.")
+    exclude: list[str] = Field([], description="Regular expression of addresses that are left out; repeat.")
+    depth: int = Field(5, ge=0, description="Links that are followed one after the other.")
+    max_pages: int = Field(1000, ge=1, description="Stop after so many pages.")
+    max_time: float | None = Field(None, gt=0, description="Stop after so many seconds.")
+    max_megabytes: float = Field(10.0, gt=0, description="Size of a page or PDF that is read.")
+    timeout: float = Field(30.0, gt=0, description="Seconds for one page.")
+    delay: float = Field(0.5, ge=0, description="Seconds between two requests to one host.")
+    per_host: int = Field(4, ge=1, description="Requests to one host at once.")
+    in_flight: int = Field(16, ge=1, description="Requests at once.")
+    retries: int = Field(2, ge=0, description="How often a page that fails for a passing reason is tried again.")
+    user_agent: str = Field("calpaca-crawl", description="Name by which the crawler calls itself, also to robots.txt.")
+    robots: bool = Field(True, description="Keep to robots.txt.")
+    private_addresses: bool = Field(False, description="Allow this machine and private networks.")
+    pdf: bool = Field(True, description="Keep PDFs.")
+    shortest: int = Field(100, ge=0, description="Characters of a page's text, at the least.")
+    similarity: float = Field(0.9, gt=0, le=1, description="ROUGE-L from which on a page is a duplicate of another.")
+    cache: bool = Field(True, description="Ask again only for pages that have changed since an earlier crawl.")
+    overwrite: bool = Field(False, description="Replace a folder that is there.")
