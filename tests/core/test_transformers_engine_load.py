@@ -92,6 +92,40 @@ def test_a_long_prompt_does_not_hold_up_answers_under_way(engine: TransformersEn
     assert len(running._chunks) > 40  # one token for each piece of the prompt, or more
 
 
+def test_tokens_that_fill_a_small_step_up_change_no_answer(engine: TransformersEngine) -> None:
+    asked = Request(prompt(40), Sampling(12, logprobs=3))
+    engine.batch._least_tokens = 1
+    plain = engine.submit(asked).result(60)
+    engine.batch._least_tokens = 5
+    filled = engine.submit(asked).result(60)
+    assert filled.token_ids == plain.token_ids
+    assert [each.logprob for each in filled.logprobs] == pytest.approx(
+        [each.logprob for each in plain.logprobs], abs=1e-4
+    )
+
+
+def test_one_request_is_guessed_and_many_are_not(engine: TransformersEngine) -> None:
+    widths: dict[int, set[int]] = {}
+    decode = engine.batch.decoder
+
+    class Watched:
+        slots = True
+        part = decode.part
+        prepare = decode.prepare
+
+        def __call__(self, step: Any) -> Any:
+            widths.setdefault(len(step.spans), set()).update(span.guesses for span in step.spans)
+            return decode(step)
+
+    engine.batch.decoder = Watched()
+    for rows in (1, 6):
+        handles = [engine.submit(Request(prompt(6, seed) * 3, Sampling(max_new_tokens=20))) for seed in range(rows)]
+        for handle in handles:
+            handle.result(60)
+    assert max(widths[1]) >= 5
+    assert widths[6] == {0}
+
+
 def test_more_requests_than_rows_wait_and_all_are_answered(engine: TransformersEngine) -> None:
     handles = [engine.submit(Request(prompt(5, seed), Sampling(max_new_tokens=3))) for seed in range(MAX_ROWS + 20)]
     assert {handle.result(60).usage.completion_tokens for handle in handles} == {3}
