@@ -85,7 +85,7 @@ def recipe(small: Path, rows: Path) -> Callable[..., Recipe]:
     def make(**changes: Any) -> Recipe:
         values = {
             "model": str(small), "datasets": [str(rows)], "dtype": "float32", "max_length": 128, "max_steps": 3,
-            "batch_size": 4, "samples": 0, "learning_rate": 1e-3, "warmup": 0.0, "rank": 4,
+            "batch_size": 2, "samples": 0, "learning_rate": 1e-3, "warmup": 0.0, "rank": 4,
         }  # fmt: skip
         return read_recipe(None, values | changes, "train sft")
 
