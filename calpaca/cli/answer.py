@@ -43,6 +43,7 @@ class AnswerPrinter:
         self._drafted = False
         self._sources: list[Source] = []
         self._context: ContextReport | None = None
+        self._late: list[str] = []
         self._bar: Any = None
         self._bar_key: tuple[str, str] | None = None
 
@@ -68,7 +69,7 @@ class AnswerPrinter:
             case Source():
                 self._sources.append(event)
             case Notice():
-                self._aside(f"Note: {event.text}\n")
+                self._notice(f"Note: {event.text}\n")
             case ContextReport():
                 self._context = event
             case Result():
@@ -90,9 +91,17 @@ class AnswerPrinter:
             self._answered = self._answered or bool(token.text)
             self._write(self.out, token.text)
 
+    def _notice(self, line: str) -> None:
+        """Print a line at once, or below the answer where that has begun."""
+        if self._answered:
+            self._late.append(line)
+        else:
+            self._aside(line)
+
     def _result(self, result: Result) -> None:
         self._end_bar()
         self._print(result)
+        self._aside("".join(self._late))
         if self._context is not None and (self._context.use.dropped or self.show_steps):
             self._aside(f"Context: {self._context.use.line()}.\n")
 

@@ -149,3 +149,10 @@ def test_what_was_left_out_is_said_and_else_only_a_terminal_is_told() -> None:
     )  # fmt: skip
     assert show([whole, answer])[1] == ""
     assert "nothing left out.\n" in show([whole, answer], Terminal())[1]
+
+
+def test_a_notice_that_comes_with_the_answer_is_printed_below_it() -> None:
+    screen = io.StringIO()
+    events = [Notice("early"), Token("answer"), Notice("late"), Result({"answer": "answer"})]
+    AnswerPrinter(screen, screen, answer="answer").show(iter(events))
+    assert screen.getvalue() == "Note: early\nanswer\nNote: late\n"

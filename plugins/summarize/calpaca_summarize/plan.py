@@ -89,16 +89,25 @@ class Plan:
 
 
 class Planner:
-    """Makes plans for one model and its prompts. `answer` and `chunk_size` are what was asked for."""
+    """Makes plans for one model and its prompts. `answer` and `chunk_size` are what was asked for, `note` is the longest
+    intermediate summary of `map_reduce`."""
 
     def __init__(
-        self, model: Model, prompts: SummaryPrompts, *, answer: int, chunk_size: int | None = None, overlap: int = 0
+        self,
+        model: Model,
+        prompts: SummaryPrompts,
+        *,
+        answer: int,
+        chunk_size: int | None = None,
+        overlap: int = 0,
+        note: int = NOTE_TOKENS,
     ) -> None:
         self.model = model
         self.prompts = prompts
         self.answer = answer
         self.chunk_size = chunk_size
         self.overlap = overlap
+        self.note = note
         self.context = model.context_length or ASSUMED_CONTEXT
 
     def plan(self, source: Source, strategy: Strategy, *, by_section: bool = False) -> Plan:
@@ -145,7 +154,7 @@ class Planner:
         if strategy == "refine":
             return self.model.count_tokens(self.prompts.refine("", text)) + 2 * self.answer + _SLACK
         shown = (self.prompts.part(text), self.prompts.whole([text]))
-        return max(map(self.model.count_tokens, shown)) + max(self.answer, NOTE_TOKENS if strategy != "stuff" else 0)
+        return max(map(self.model.count_tokens, shown)) + max(self.answer, self.note if strategy != "stuff" else 0)
 
     def _room(self, strategy: str) -> Room:
         """Raises UsageError when the context, or the chunk size that was asked for, is too small or too large."""
@@ -153,7 +162,7 @@ class Planner:
         arity = 0
         if strategy == "map_reduce":
             frame = max(map(self.model.count_tokens, (self.prompts.combine([]), self.prompts.collapse([]))))
-            arity = min((self.context - frame - self.answer) // (NOTE_TOKENS + _SLACK), MOST_ARITY)
+            arity = min((self.context - frame - self.answer) // (self.note + _SLACK), MOST_ARITY)
         if strategy != "stuff" and (most < _SMALLEST_CHUNK or (strategy == "map_reduce" and arity < 2)):
             raise self._too_small()
         wanted = self.chunk_size or min(CHUNK_SIZE, most)
@@ -163,7 +172,7 @@ class Planner:
                 "prompt and its answer.",
                 f"Choose --chunk-size between {_SMALLEST_CHUNK} and {most}, or leave it out.",
             )
-        return Room(self.context, wanted, NOTE_TOKENS, self.answer, arity)
+        return Room(self.context, wanted, self.note, self.answer, arity)
 
     def _too_small(self) -> UsageError:
         return UsageError(

@@ -180,8 +180,8 @@ class Summarizer(Runnable[str, Any]):
         kept = f", {reused} of them answered by earlier runs" if reused else ""
         yield self._note(
             run,
-            f"Coverage {covered}: {run.source.characters:,} characters in {len(run.plan.chunks)} chunks, "
-            f"{len(run.taken)} prompts{kept}.",
+            f"Coverage {covered}: {run.source.characters:,} characters in {_counted(len(run.plan.chunks), 'chunk')}, "
+            f"{_counted(len(run.taken), 'prompt')}{kept}.",
         )
 
     @staticmethod
@@ -224,6 +224,10 @@ class Summarizer(Runnable[str, Any]):
             title = section.title or Path(source.name).name
             found.append({"title": title, "source": source.name, "line": line, "summary": summary})
         return found
+
+
+def _counted(number: int, unit: str) -> str:
+    return f"{number:,} {unit}{'' if number == 1 else 's'}"
 
 
 def _as_text(sections: list[dict[str, Any]]) -> str:
