@@ -284,10 +284,11 @@ class FaissStore(VectorStore):
         if path is not None:
             same = self._file is not None and self._file.path == path
             found = self._file if self._file is not None and same else InvertedFile(path)
-            known = self._connection.execute(
-                "SELECT count(*) FROM vectors WHERE number <= ?", (found.last,)
-            ).fetchone()[0]
-            if found.size - known + count - known <= _MOST_BEHIND * found.size:
+            (after,) = self._connection.execute(
+                "SELECT count(*) FROM vectors WHERE number > ?", (found.last,)
+            ).fetchone()
+            gone = found.size - (count - after)
+            if gone + after <= _MOST_BEHIND * found.size:
                 return found
         return InvertedFile(write(self._path.parent, count, self._sample(count), self._blocks()))
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from calpaca.core.errors import DocumentError
 from calpaca.core.paths import atomic_file
 
-_PROBES = 32
-"""Clusters that are looked at per question; docs/performance.md has what it costs and finds."""
+_PROBES = 64
+"""Clusters that are looked at per question; bench/vectors.py measures what it costs and finds."""
 
 _SAMPLES = 64
 """Vectors per cluster that the clusters are learnt from."""
