@@ -13,7 +13,7 @@ import pytest
 
 from calpaca.core import machine
 from calpaca.core.engines.native import threads as native_threads
-from calpaca.core.engines.threads import CHECK_SECONDS, ThreadPolicy, busy_seconds, threads_beside
+from calpaca.core.engines.threads import CHECK_SECONDS, Neighbours, ThreadPolicy, busy_seconds, threads_beside
 
 torch = pytest.importorskip("torch")
 
@@ -44,7 +44,7 @@ def test_busy_time_is_that_of_the_own_cores_without_idling_and_guests() -> None:
     ],
 )
 def test_threads_are_the_cores_that_others_leave(others: float, cores: int, most: int, threads: int) -> None:
-    assert threads_beside(others, cores, most) == threads
+    assert threads_beside(others, most, cores) == threads
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not tell what its cores do")
@@ -91,22 +91,27 @@ def test_beside_others_the_faster_number_is_found_and_the_slower_one_seldom_trie
 
 
 @pytest.mark.parametrize(
-    ("allowed", "quota", "asked", "threads"),
+    ("allowed", "quota", "asked", "others", "threads"),
     [
-        (range(8), "max 100000", "", 4),  # two hardware threads on each of four cores
-        ((0, 4, 1), "max 100000", "", 2),
-        (range(8), "350000 100000", "", 3),
-        (range(8), "50000 100000", "", 1),
-        (range(8), "max 100000", "7", 7),
-        (range(8), "max 100000", "none", 4),
+        (range(8), "max 100000", "", 0.0, 4),  # two hardware threads on each of four cores
+        ((0, 4, 1), "max 100000", "", 0.0, 2),
+        (range(8), "350000 100000", "", 0.0, 3),
+        (range(8), "50000 100000", "", 0.0, 1),
+        (range(8), "max 100000", "7", 9.0, 7),
+        (range(8), "max 100000", "none", 0.0, 4),
+        ((0, 1), "max 100000", "", 1.0, 1),
+        (range(8), "max 100000", "", 2.0, 4),
+        (range(8), "max 100000", "", 20.0, 1),
     ],
 )
-def test_native_engines_have_a_thread_for_each_physical_core_that_is_theirs(
-    allowed: Iterable[int], quota: str, asked: str, threads: int, monkeypatch: pytest.MonkeyPatch
+def test_native_engines_have_a_thread_for_each_physical_core_that_is_theirs_and_that_others_leave(
+    allowed: Iterable[int], quota: str, asked: str, others: float, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list": f"{core % 4}" for core in range(8)}
     files["/sys/fs/cgroup/cpu.max"] = quota
     monkeypatch.setattr(machine, "_read", lambda path: files.get(str(path), ""))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(allowed), raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert native_threads() == threads
+    neighbours = Neighbours()
+    monkeypatch.setattr(neighbours, "cores", lambda: others)
+    assert native_threads(neighbours) == threads

@@ -28,6 +28,7 @@ from calpaca.core.engines.dialect import lark_source
 from calpaca.core.engines.native import Job, NativeEngine, cache_tokens, check_cpu, read_model, stored_type, threads
 from calpaca.core.engines.prepared import gguf_with_lora
 from calpaca.core.engines.process import Event, Worker
+from calpaca.core.engines.threads import Neighbours
 from calpaca.core.errors import MissingExtraError, ModelError, UnsupportedError
 from calpaca.core.files import AdapterFiles, ModelFiles
 from calpaca.core.grammar import KINDS
@@ -83,6 +84,7 @@ def start_engine(
 
     There are fewer slots where memory is short; where not even one whole context fits, the context is shorter.
     """
+    neighbours = Neighbours()
     model = read_model(files, weights)
     exact = files.spec.dtype == "float32"
     tokens = cache_tokens(model, slots * model.context_length, 4 if exact else 2)
@@ -94,7 +96,7 @@ def start_engine(
         "slots": slots,
         "context": context,
         "exact": exact,
-        "threads": threads(),
+        "threads": threads(neighbours),
     }
     worker = Worker(
         "calpaca.core.engines.llama_cpp:LlamaCppRunner", arguments, f"The engine '{NAME}'", isolated=isolated
@@ -103,7 +105,13 @@ def start_engine(
         context_length=context,
         grammars=KINDS,
         unsupported=frozenset({"frequency_penalty", "presence_penalty"}),
-        details={"device": "cpu", "dtype": files.spec.dtype, "weights": stored_type(weights), "slots": slots},
+        details={
+            "device": "cpu",
+            "dtype": files.spec.dtype,
+            "weights": stored_type(weights),
+            "slots": slots,
+            "threads": arguments["threads"],
+        },
     )
     return NativeEngine(NAME, worker, model, capabilities, _translate)
 

@@ -24,6 +24,7 @@ from calpaca.core.engines.native import (
 from calpaca.core.engines.prepared import gguf_weights
 from calpaca.core.engines.process import BrokenError, Event, Worker, reason
 from calpaca.core.engines.schema_grammar import schema_ebnf
+from calpaca.core.engines.threads import Neighbours
 from calpaca.core.errors import MissingExtraError, ModelError, UnsupportedError, UsageError
 from calpaca.core.files import ModelFiles
 
@@ -68,6 +69,7 @@ def check_installed() -> None:
 
 def start_engine(files: ModelFiles, weights: Path, *, isolated: bool = True) -> NativeEngine:
     """The engine on prepared weights. Without `isolated` it runs in this process, and stops it during a step."""
+    neighbours = Neighbours()
     model = read_model(files, weights)
     precision = _PRECISIONS.get(files.spec.dtype)
     tokens = cache_tokens(model, MAX_ROWS * model.context_length, 4 if precision == "f32" else 2)
@@ -76,12 +78,18 @@ def start_engine(files: ModelFiles, weights: Path, *, isolated: bool = True) -> 
         "blocks": max(tokens // _BLOCK, 2),
         "eos_ids": model.eos_ids,
         "precision": precision,
-        "threads": threads(),
+        "threads": threads(neighbours),
     }
     worker = Worker(
         "calpaca.core.engines.openvino:OpenVinoRunner", arguments, f"The engine '{NAME}'", isolated=isolated
     )
-    details = {"device": "cpu", "dtype": precision or "auto", "weights": stored_type(weights), "cache_tokens": tokens}
+    details = {
+        "device": "cpu",
+        "dtype": precision or "auto",
+        "weights": stored_type(weights),
+        "cache_tokens": tokens,
+        "threads": arguments["threads"],
+    }
     return NativeEngine(NAME, worker, model, _capabilities(model, tokens, details), _translate)
 
 

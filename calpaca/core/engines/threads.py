@@ -26,6 +26,26 @@ SHORTEST, LONGEST = 4.0, 64.0
 """Seconds for which the result of a trial stands; twice as long each time that it is the same."""
 
 
+class Neighbours:
+    """What other processes use of the cores that this one may run on."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen = (clock(), *_seconds())
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was made, or last asked for `cores`."""
+        return self._clock() - self._seen[0]
+
+    def cores(self) -> float:
+        """How many cores others used on average, in that time."""
+        begin, all_before, own_before = self._seen
+        busy, own = _seconds()
+        self._seen = (self._clock(), busy, own)
+        return ((busy - all_before) - (own - own_before)) / max(self._seen[0] - begin, 1e-3)
+
+
 class ThreadPolicy:
     """Sets the number of torch's threads for the thread that calls it, at most as many as there are at first.
 
@@ -39,24 +59,19 @@ class ThreadPolicy:
         self.most = self.threads = torch.get_num_threads()
         self.free = self.most  # threads for which there is a core each
         self._clock = clock
-        self._seen = (clock(), *_seconds())
+        self._neighbours = Neighbours(clock)
         self._tried: dict[int, list[float]] = {}
         self._stands_until = 0.0
         self._stands_for = SHORTEST
 
     def look(self) -> None:
         """See what other processes did since the last look, if that was a while ago."""
-        begin, all_before, own_before = self._seen
-        now = self._clock()
-        if self.most == 1 or now - begin < CHECK_SECONDS:
-            return
-        busy, own = _seconds()
-        self._seen = (now, busy, own)
-        self.make_way(((busy - all_before) - (own - own_before)) / (now - begin))
+        if self.most > 1 and self._neighbours.age >= CHECK_SECONDS:
+            self.make_way(self._neighbours.cores())
 
     def make_way(self, others: float) -> None:
         """Start afresh when the cores that others use are more or fewer than before."""
-        free = threads_beside(others, len(_cores()), self.most)
+        free = threads_beside(others, self.most)
         if free != self.free:
             self.free = free
             self._tried, self._stands_until, self._stands_for = {}, 0.0, SHORTEST
@@ -94,9 +109,9 @@ class ThreadPolicy:
             torch.set_num_threads(threads)
 
 
-def threads_beside(others: float, cores: int, most: int) -> int:
-    """Threads for which there is a core each, of so many cores, of which other processes use `others`."""
-    return max(1, min(most, int(cores - others + TOLERATED)))
+def threads_beside(others: float, most: int, cores: int | None = None) -> int:
+    """Threads for which there is a core each, of this process's `cores`, of which other processes use `others`."""
+    return max(1, min(most, int((cores or len(_cores())) - others + TOLERATED)))
 
 
 def _seconds() -> tuple[float, float]:
