@@ -19,6 +19,7 @@ from calpaca.plugins.options import ModelOptions, SamplingOptions, read_options
 
 if TYPE_CHECKING:
     from calpaca.core.conversation import Conversation
+    from calpaca.core.model import Model
     from calpaca.core.runtime import Runtime
     from calpaca.core.sessions import Session
 
@@ -28,7 +29,7 @@ _HISTORY_LINES = 1000
 class ChatOptions(ModelOptions, SamplingOptions):
     """What `calpaca chat` is told."""
 
-    plain: bool = Field(False, description="Line by line; works in a pipe. The only form so far.")
+    plain: bool = Field(False, description="Line by line, without a screen of its own; works in a pipe.")
     session: str | None = Field(None, description="A session to go on with, by title or id; a new title begins one.")
     system: str | None = Field(None, description="System text that a new session begins with.")
     single_turn: bool = Field(False, description="Answer each line by itself, without those before it.")
@@ -47,8 +48,32 @@ def _chat(ctx: click.Context, /, **values: Any) -> int:
         raise UsageError(error.message, "See: calpaca chat --help") from error
     assert isinstance(options, ChatOptions)
     runtime = shared_runtime()
+    if not (options.plain or options.single_turn or as_json):
+        _on_screen(options, runtime)
+        return 0
     with answers_only() as out, _line_history():
         return _talk(_conversation(options, runtime), out, as_json=as_json, alone=options.single_turn)
+
+
+def _on_screen(options: ChatOptions, runtime: Runtime) -> None:
+    """The full-screen chat. Raises UsageError where there is no screen, and for names that nobody knows."""
+    from calpaca.plugins.hosting import host
+    from calpaca.tui.app import ChatApp, has_screen
+
+    if not has_screen():
+        raise UsageError("The chat needs a terminal of its own.", "Add --plain to talk line by line.")
+    spec = runtime.check(options.spec())
+    attaches = runtime.settings.attach
+
+    def load() -> Model:
+        return host(spec, attaches=attaches) if runtime.is_local(spec) else runtime.model(spec)
+
+    session = _session(options, runtime)
+    app = ChatApp(runtime.sessions, session, load, options.sampling(runtime.settings), options.context)
+    try:
+        app.run()
+    finally:
+        app.close_model()
 
 
 def _conversation(options: ChatOptions, runtime: Runtime) -> Conversation:

@@ -23,6 +23,7 @@ class Conversation:
         self.model = model
         self.sampling = sampling
         self.policy = policy
+        self._handle: Handle | None = None
 
     def begin_anew(self) -> None:
         """Stand after the system text again, so that the next question is answered by itself."""
@@ -47,7 +48,7 @@ class Conversation:
         """An answer to the conversation as it stands, or another one. As `ask`."""
         messages = [message.as_message() for message in self.session.path()]
         fitted = fit(self.model, messages, self.policy, max_new_tokens=self.sampling.max_new_tokens)
-        handle = self.model.chat(fitted.messages, self.sampling)
+        handle = self._handle = self.model.chat(fitted.messages, self.sampling)
         in_hand: AnswerInHand | None = None
         last: Chunk | None = None
         try:
@@ -60,6 +61,11 @@ class Conversation:
             if in_hand is not None:
                 self._finish(in_hand, last)
         yield from self._told(handle, fitted)
+
+    def stop(self) -> None:
+        """Have the answer in hand end where it is. From any thread; the generator then ends by itself."""
+        if self._handle is not None:
+            self._handle.cancel()
 
     def _finish(self, in_hand: AnswerInHand, last: Chunk | None) -> None:
         ended = last is not None and last.finish_reason == "stop"

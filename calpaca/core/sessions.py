@@ -154,6 +154,17 @@ class Sessions:
         records = {record.id: record for record in self.records()} if rows else {}
         return [Found(records[row["session"]], _message(row)) for row in rows]
 
+    def restore(
+        self, title: str, setup: Mapping[str, Any], messages: Sequence[StoredMessage], head: int | None
+    ) -> Session:
+        """A new session with the tree that `messages` are, parents before their children. Raises KeyError for a gap."""
+        session = self.new(setup, title)
+        ids: dict[int | None, int | None] = {None: None}
+        for message in messages:
+            ids[message.id] = session.insert(ids[message.parent], message).id
+        session.go_to(ids[head])
+        return session
+
     def delete(self, session_id: str) -> None:
         with self.transaction() as connection:
             connection.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
@@ -248,8 +259,12 @@ class Session:
         record = self.record
         copy = self._sessions.new(record.setup, f"{record.title} (fork)")
         for message in self.path():
-            copy._insert(copy.head, message.role, message.content, message.metadata, complete=message.complete)
+            copy.insert(copy.head, message)
         return copy
+
+    def insert(self, parent: int | None, message: StoredMessage) -> StoredMessage:
+        """Put a copy of a message after `parent`, and stand at it."""
+        return self._insert(parent, message.role, message.content, message.metadata, complete=message.complete)
 
     def _of(self, tree: Sequence[StoredMessage], message_id: int) -> StoredMessage:
         for message in tree:

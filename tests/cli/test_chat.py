@@ -1,4 +1,4 @@
-"""`calpaca chat --plain` on real weights."""
+"""`calpaca chat` on real weights: line by line, and in a terminal."""
 
 import os
 import pty
@@ -79,6 +79,49 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_a_kill_loses_nothing_that_was
         ("assistant", False),
     ]
     assert path[-1].content.startswith(shown.replace("\r\n", "\n").rstrip())
+
+
+def test_without_a_terminal_the_chat_says_how_to_talk(calpaca):
+    result = calpaca("chat", "--model", "smollm2-135m-instruct", stdin=PARIS)
+    assert (result.code, result.out) == (2, "")
+    assert "Add --plain" in result.err
+
+
+@pytest.mark.slow
+def test_in_a_terminal_one_asks_stops_and_quits(smollm2, tmp_path):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"CALPACA_DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
+        os.execlp("calpaca", "calpaca", "chat", *MODEL[1:], "--session", "screen")
+    _read_until(terminal, "Ask something")
+    os.write(terminal, PARIS.encode() + b"\r")
+    _read_until(terminal, "Paris")
+    _read_until(terminal, "tokens/s")
+    os.write(terminal, b"Write a very long story about a llama.\r")
+    _read_until(terminal, "Writing")
+    time.sleep(1)
+    os.write(terminal, b"\x1b")
+    _read_until(terminal, "complete")
+    os.write(terminal, b"\x11")
+    assert os.waitpid(pid, 0)[1] == 0
+    path = Sessions(tmp_path / "data" / "sessions.sqlite").find("screen").path()
+    assert [message.complete for message in path] == [True, True, True, False]
+
+
+@pytest.mark.slow
+def test_a_kill_in_mid_answer_loses_nothing_that_was_on_the_screen(smollm2, tmp_path):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"CALPACA_DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
+        os.execlp("calpaca", "calpaca", "chat", *MODEL[1:], "--session", "killed")
+    _read_until(terminal, "Ask something")
+    os.write(terminal, b"Write a very long story about a llama.\r")
+    _read_until(terminal, "Writing", "Once")
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    question, answer = Sessions(tmp_path / "data" / "sessions.sqlite").find("killed").path()
+    assert (question.complete, answer.complete) == (True, False)
+    assert answer.content.startswith("Once")
 
 
 def _read_until(terminal: int, *texts: str) -> str:

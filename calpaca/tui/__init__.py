@@ -1,0 +1,1 @@
+"""The Textual chat: one screen or widget per file."""
