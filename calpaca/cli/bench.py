@@ -52,16 +52,8 @@ def engines(
     Each engine runs in a process of its own. The result is kept for this machine and this model.
     """
     from calpaca.core.engine_bench import measure
-    from calpaca.core.engine_choice import (
-        PURPOSES,
-        check_engines,
-        comparable,
-        fastest,
-        local_engines,
-        machine,
-        model_key,
-        record_measurements,
-    )
+    from calpaca.core.engine_choice import PURPOSES, check_engines, choose_engine, local_engines, machine, model_key
+    from calpaca.core.engine_choice import record_measurements as record
     from calpaca.core.files import find_files
     from calpaca.core.spec import AdapterSpec, ModelSpec
 
@@ -74,21 +66,19 @@ def engines(
     for name in chosen:
         click.echo(f"Measuring {name} …", err=True)
         measurements.append(measure(name, spec, sorted(set(streams))))
-    record_measurements(model_key(files), measurements)
+    record(model_key(files), measurements)
     if plot is not None:
         from calpaca.core.engine_plot import plot_throughput
 
         plot_throughput(measurements, plot, f"{files.name} on {machine()}")
-    usable = comparable(files, runtime)
-    auto = {purpose: fastest(usable, purpose) for purpose in PURPOSES} if usable else {}
+    auto = {purpose: choose_engine(files, runtime, purpose) for purpose in PURPOSES}
     if as_json:
-        engines = [asdict(each) for each in measurements]
-        result = {"machine": machine(), "model": files.name, "engines": engines, "auto": auto}
+        results = [asdict(each) for each in measurements]
+        result = {"machine": machine(), "model": files.name, "engines": results, "auto": auto}
         click.echo(json.dumps(result, ensure_ascii=False, indent=2))
     else:
         click.echo(_table(measurements, sorted(set(streams))))
-        if auto:
-            click.echo(f"--engine auto now takes {auto['chat']} for one request at a time, {auto['load']} for many.")
+        click.echo(f"--engine auto takes {auto['chat']} for one request at a time, {auto['load']} for many.")
     if all(each.error for each in measurements):
         raise SystemExit(1)
 

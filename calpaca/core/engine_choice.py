@@ -103,23 +103,23 @@ def model_key(files: ModelFiles) -> str:
     return f"{files.fingerprint} {files.spec.dtype}"
 
 
-def choose_engine(files: ModelFiles, runtime: Runtime) -> str:
-    """The engine that `auto` means for a model, and `runtime.purpose`.
+def choose_engine(files: ModelFiles, runtime: Runtime, purpose: Purpose | None = None) -> str:
+    """The engine that `auto` means for a model and a purpose, by default that of the runtime.
 
     What only the default engine does (CUDA, bitsandbytes, code of a model's own) is left to it.
     """
     spec = files.spec
     if spec.device.startswith("cuda") or spec.quantization is not None or spec.trust_remote_code:
         return DEFAULT
-    usable = comparable(files, runtime) if anything_measured() else []  # hashing takes its time
+    usable = _comparable(files, runtime) if anything_measured() else []  # hashing takes its time
     if usable:
-        return fastest(usable, runtime.purpose)
+        return max(usable, key=lambda each: each.speed(purpose or runtime.purpose)).engine
     if find_spec("torch") is None:
         return next((name for name in _WITHOUT_TORCH if is_installed(name, runtime)), DEFAULT)
     return DEFAULT
 
 
-def comparable(files: ModelFiles, runtime: Runtime) -> list[Measurement]:
+def _comparable(files: ModelFiles, runtime: Runtime) -> list[Measurement]:
     """Measurements of installed engines that ran a model's weights as they were given.
 
     An engine that made them coarser is not chosen for the speed that this gave it. One that takes a quantized GGUF file
@@ -133,11 +133,6 @@ def comparable(files: ModelFiles, runtime: Runtime) -> list[Measurement]:
         for each in measured
         if is_installed(each.engine, runtime) and (each.whole or each.details.get("weights") == given)
     ]
-
-
-def fastest(measured: Iterable[Measurement], purpose: Purpose) -> str:
-    """The name of the engine that counts as the fastest for a purpose."""
-    return max(measured, key=lambda each: each.speed(purpose)).engine
 
 
 def _given_type(files: ModelFiles, runtime: Runtime) -> str | None:

@@ -64,6 +64,7 @@ def with_spec(model, **changes):
 def test_one_stream_and_load_may_choose_different_engines(runtime, model):
     record_measurements(model_key(model), [CHATTY, BUSY])
     assert choose_engine(model, runtime) == "transformers"
+    assert choose_engine(model, runtime, "load") == "busy"
     runtime.purpose = "load"
     assert choose_engine(model, runtime) == "busy"
 
@@ -126,7 +127,9 @@ def test_measuring_the_transformers_engine_lets_auto_take_it(smollm2, own_places
 
     arguments = ["bench", "engines", "--model", str(smollm2), "--engine", "transformers", "--streams", "1", "--json"]
     assert main(arguments) == 0
-    (measured,) = json.loads(capsys.readouterr().out)["engines"]
+    printed = json.loads(capsys.readouterr().out)
+    (measured,) = printed["engines"]
+    assert printed["auto"] == {"chat": "transformers", "load": "transformers"}
     assert measured["error"] is None
     assert measured["tokens_per_second"]["1"] > 0
     assert measured["first_token"] > 0
