@@ -71,7 +71,7 @@ $(BIN)/python:
 $(VENV)/.setup: $(PROJECTS) constraints.txt | $(BIN)/python
 	$(if $(UV),,$(INSTALL) --upgrade "pip>=25.1")
 	$(INSTALL) $(PINS) $(if $(and $(UV),$(TORCH_BACKEND)),--torch-backend $(TORCH_BACKEND)) torch
-	$(INSTALL) $(PINS) -e ".[torch,chroma,pdf,office,openvino,llama-cpp]" $(foreach plugin,$(PLUGINS),-e ./$(plugin))
+	$(INSTALL) $(PINS) -e ".[torch,chroma,qdrant,pdf,office,openvino,llama-cpp]" $(foreach plugin,$(PLUGINS),-e ./$(plugin))
 	@touch $@
 
 $(VENV)/.setup-dev: $(VENV)/.setup

@@ -123,4 +123,10 @@ def register_stores() -> list[Component]:
     return [
         Component("faiss", "FAISS, its vectors in one SQLite file.", "calpaca.documents.stores.faiss:open_store"),
         Component("chroma", "Chroma, in a folder.", "calpaca.documents.stores.chroma:open_store", extra="chroma"),
+        Component(
+            "qdrant",
+            "Qdrant, in a folder or on a server.",
+            "calpaca.documents.stores.qdrant:open_store",
+            extra="qdrant",
+        ),
     ]

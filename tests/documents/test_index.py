@@ -15,7 +15,7 @@ from calpaca.core.errors import DocumentError, JobError
 from calpaca.core.events import Notice
 from calpaca.testing import FakeEmbedder
 
-STORES = ["faiss", pytest.param("chroma", marks=pytest.mark.filterwarnings("default"))]
+STORES = ["faiss", *(pytest.param(name, marks=pytest.mark.filterwarnings("default")) for name in ("chroma", "qdrant"))]
 
 
 def paragraphs(count: int, word: str = "alpha") -> str:

@@ -32,6 +32,16 @@ class TestChromaStoreOnDisk(VectorStoreIntegrationTests):
         return chroma.open_store(tmp_path, self.get_embeddings())
 
 
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect in the local Qdrant")
+class TestQdrantStoreInAFolder(VectorStoreIntegrationTests):
+    @pytest.fixture
+    def vectorstore(self, tmp_path: Path) -> Iterator[VectorStore]:
+        qdrant = pytest.importorskip("calpaca.documents.stores.qdrant", reason="needs calpaca[qdrant]")
+        store = qdrant.open_store(tmp_path / "index" / "qdrant", self.get_embeddings())
+        yield store
+        store.client.close()
+
+
 def test_another_process_sees_what_was_added(tmp_path: Path) -> None:
     embeddings = VectorStoreIntegrationTests.get_embeddings()
     first, second = open_store(tmp_path, embeddings), open_store(tmp_path, embeddings)
@@ -67,6 +77,19 @@ def test_chroma_takes_any_metadata_and_more_texts_than_one_call_holds(tmp_path: 
     store.delete([])
     store.delete([str(i) for i in range(6000)])
     assert store.similarity_search("text 1") == []
+
+
+def test_a_qdrant_store_that_is_open_elsewhere_or_whose_server_is_gone_is_a_clear_error(tmp_path, monkeypatch) -> None:
+    qdrant = pytest.importorskip("calpaca.documents.stores.qdrant", reason="needs calpaca[qdrant]")
+    embeddings = VectorStoreIntegrationTests.get_embeddings()
+    first = qdrant.open_store(tmp_path / "index" / "qdrant", embeddings)
+    with pytest.raises(DocumentError, match="cannot be opened") as caught:
+        qdrant.open_store(tmp_path / "index" / "qdrant", embeddings)
+    assert "CALPACA_QDRANT_URL" in caught.value.hint
+    first.client.close()
+    monkeypatch.setenv("CALPACA_QDRANT_URL", "http://127.0.0.1:9")
+    with pytest.raises(DocumentError, match=r"at http://127\.0\.0\.1:9 cannot be opened"):
+        qdrant.open_store(tmp_path / "index" / "qdrant", embeddings)
 
 
 def test_a_file_that_is_no_store_is_a_clear_error(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class IndexOptions(BaseModel):
     sentences: bool = Field(
         True, description="Embed each sentence of a chunk too: finds more, and indexing takes about twice as long."
     )
-    store: str = Field("faiss", description="Vector store: faiss or chroma.")
+    store: str = Field("faiss", description="Vector store: faiss, chroma or qdrant.")
 
     def index(self, runtime: Runtime, embedding: str | None) -> DocumentIndex:
         """The index of these documents, as it lies on disk.
