@@ -64,13 +64,23 @@ def test_a_run_lowers_the_loss_and_its_folder_is_an_adapter(run, small, runtime,
     assert answer(model_of(merged, runtime)) == adapted
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     "changes",
-    [{"rslora": True, "dropout": 0.1}, {"dora": True}, {"pissa": True}, {"save_modules": ["embed_tokens"]}, {"new_tokens_from": 49150},
-     {"targets": ["q_proj", "v_proj"], "neftune": 5.0}, {"checkpointing": "on"}, {"dtype": "bfloat16"},
-     {"dtype": "bfloat16", "save_modules": ["lm_head"]}, {"packing": True, "accumulation": 2}],
-    ids=["rslora", "dora", "pissa", "save", "tokens", "neftune", "checkpointing", "bfloat16", "mixed", "packing"],
-)  # fmt: skip
+    [
+        pytest.param({"pissa": True}, id="pissa"),
+        pytest.param({"save_modules": ["embed_tokens"]}, id="save"),
+        pytest.param({"new_tokens_from": 49150}, id="tokens"),
+        pytest.param({"dtype": "bfloat16"}, id="bfloat16"),
+        pytest.param({"targets": ["q_proj", "v_proj"], "neftune": 5.0, "dropout": 0.1}, id="neftune"),
+        pytest.param({"dtype": "bfloat16", "save_modules": ["lm_head"]}, id="mixed", marks=SLOW),
+        pytest.param({"rslora": True}, id="rslora", marks=SLOW),
+        pytest.param({"dora": True}, id="dora", marks=SLOW),
+        pytest.param({"packing": True, "accumulation": 2}, id="packing", marks=SLOW),
+    ],
+)
 def test_every_method_learns_and_is_used_as_it_is(changes, run, small, runtime) -> None:
     folder = run(max_steps=4, learning_rate=3e-3, **changes)
     assert losses(folder)[-1] < losses(folder)[0]
@@ -86,14 +96,13 @@ def test_a_run_s_first_loss_does_not_depend_on_how_the_adapter_begins(run) -> No
     assert first[0] == pytest.approx(first[1], rel=1e-4)
 
 
-def test_checkpointing_and_accumulation_change_no_loss(run) -> None:
+def test_computing_activations_twice_changes_no_loss(run) -> None:
     plain = losses(run("plain"))
     assert losses(run("checkpointed", checkpointing="on")) == pytest.approx(plain, rel=1e-5)
-    assert losses(run("accumulated", batch_size=2, accumulation=2, max_steps=3))[0] != 0
 
 
 def test_an_adapter_goes_on_learning(run, small, runtime) -> None:
-    first = run("first", max_steps=6, learning_rate=3e-3, save_modules=["embed_tokens"])
+    first = run("first", max_steps=4, learning_rate=3e-3, save_modules=["embed_tokens"])
     second = run("second", adapter=str(first), max_steps=2, rank=8)
     assert losses(second)[0] < losses(first)[0] - 0.5
     assert (
