@@ -37,7 +37,7 @@ from calpaca_openai_api.sampling import (
 from calpaca_openai_api.tokens import TokenReader, chat_logprobs
 from calpaca_openai_api.wire import Envelope, usage_fields
 
-DEFAULT_TOKENS = 512
+_DEFAULT_TOKENS = 512
 """About how long an answer may get whose request does not say: what a schema's open ends are bounded by."""
 
 
@@ -146,7 +146,7 @@ def _grammar(body: ChatBody, tools: list[dict[str, Any]], choice: Choice, sampli
             tools,
             choice,
             wanted,
-            tokens=sampling.max_new_tokens or DEFAULT_TOKENS,
+            tokens=sampling.max_new_tokens or _DEFAULT_TOKENS,
             several=body.parallel_tool_calls is not False,
         )
     except UsageError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,10 @@ from calpaca_openai_api.settings import ServeOptions
 
 _BACKLOG = 2048
 
+_SWITCH_SECONDS = 0.0005
+"""How long a thread may keep the interpreter from the others. Python's 5 ms is what a request would wait for, several
+times, beside an engine that is at work."""
+
 
 def open_socket(host: str, port: int) -> socket.socket:
     """Listen, before anything is loaded. Raises UsageError where that is not possible."""
@@ -31,6 +36,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 def run(server: Server, listener: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C; then take no more requests, and let running ones end."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
     asyncio.run(server.serve(sockets=[listener]))
 
 

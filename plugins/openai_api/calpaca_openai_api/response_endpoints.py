@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from fastapi import Query, Request
 from starlette.responses import Response
 
+from calpaca.core.context import fit
 from calpaca_openai_api.admission import Admission
 from calpaca_openai_api.answering import EventStream, admitted, respond, while_connected
 from calpaca_openai_api.app_chat import AppPlan
@@ -24,7 +25,6 @@ from calpaca_openai_api.response_form import ResponseForm
 from calpaca_openai_api.response_items import Item, read_items
 from calpaca_openai_api.responses import Recording, Responses, events_after, item_page, made_elsewhere, owner_of
 from calpaca_openai_api.served import Served
-from calpaca_openai_api.truncation import truncated
 from calpaca_openai_api.wire import Json, event
 
 Plan = ChatPlan | AppPlan
@@ -81,8 +81,7 @@ class ResponseApi:
             return plan, ()
         if isinstance(plan, AppPlan):
             raise unsupported("truncation", "an app sees to what fits by itself.")
-        plan, dropped = await asyncio.to_thread(truncated, plan)
-        return plan, (dropped.notice,) if dropped is not None else ()
+        return await asyncio.to_thread(_truncated, plan)
 
     async def count_input(self, body: ResponseBody, request: Request) -> Response:
         """How many tokens a request would have as its input."""
@@ -154,6 +153,20 @@ class ResponseApi:
     ) -> Response:
         stored = await asyncio.to_thread(self.responses.find, owner_of(record_of(request)), id)
         return Json(item_page(stored.input, after, limit, order))
+
+
+def _truncated(plan: ChatPlan) -> tuple[ChatPlan, tuple[str, ...]]:
+    """The plan without the oldest turns, as few as will do, and what the client is told of them. Takes time: prompts are
+    rendered and counted. Raises ContextOverflowError when not even the last turn fits."""
+    fitted = fit(
+        plan.model, plan.messages, "drop", tools=plan.tools, max_new_tokens=plan.sampling.max_new_tokens
+    )  # fmt: skip
+    if not fitted.use.dropped:
+        return plan, ()
+    told = (
+        f"Not used, for want of room: the oldest messages ({fitted.use.dropped}, {fitted.use.dropped_tokens} tokens)."
+    )
+    return replace(plan, messages=[dict(message) for message in fitted.messages]), (told,)
 
 
 def _followed(events: AsyncGenerator[dict[str, Any], None]) -> EventStream:

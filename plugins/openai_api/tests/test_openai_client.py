@@ -160,6 +160,18 @@ def test_the_token_that_ends_a_completion_is_listed(client):
     assert choice.logprobs.text_offset == [0]
 
 
+def test_the_prompt_that_is_scored_is_a_known_miss_of_the_strict_client(client, running):
+    """The published schema has numbers alone, and nothing precedes a prompt's first token: OpenAI sent null there, and
+    lm-eval reads it so. Without strict validation the client takes it."""
+    asked = {"model": MODEL, "prompt": "The capital of France is", "echo": True, "logprobs": 1, "max_tokens": 1}
+    with pytest.raises(openai.APIResponseValidationError):
+        client.completions.create(**asked)
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as lenient:
+        found = lenient.completions.create(**asked).choices[0].logprobs
+    assert found.token_logprobs[0] is None
+    assert all(value <= 0 for value in found.token_logprobs[1:])
+
+
 def test_a_token_id_outside_the_vocabulary_is_refused(client):
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model=MODEL, prompt=[1, 999_999_999])
