@@ -36,13 +36,14 @@ _LEAST_PASSAGE = 80
 """Characters below which a passage is a heading or a remnant, from which no question comes."""
 
 _SPAN = re.compile(
-    r"\d+(?:[.,:]\d+)*(?:\s(?:million|billion|thousand|per cent|percent))?(?:\s[a-z]{3,})?"
+    r"\d+(?:[.,:]\d+)*(?:\s(?:million|billion|thousand|per cent|percent))?(?:\s(?!(?:the|and|for|with|from|was|were|when|that|who|which|but|are|has|had)\b)[a-z]{3,})?"
     r"|(?:(?<=[a-z,;] )[A-Z][\w'’-]+(?:\s(?:of\s|the\s|and\s)*[A-Z][\w'’-]+)*)"
 )
 """What is often asked for: numbers with their unit, and names within a sentence."""
 _HAN_SPAN = re.compile(
     "[0-9０-９一二三四五六七八九十百千两]+[\u3400-\u9fff]{1,2}|[《“「][^》”」]{2,20}[》”」]|[A-Za-z][A-Za-z .-]{2,30}[A-Za-z]"
 )
+_CLAUSE = re.compile("[,;，；。]")
 _MOST_SPANS = 12
 _ASKS = {"en": r"(Who|What|When|Where|Which|How|Why) [^?\n]{6,150}\?", "zh": "[^？\\n]{4,50}？"}
 
@@ -90,29 +91,39 @@ class Drafts:
         except (ValueError, KeyError, TypeError):
             self.rejected["it is no JSON: the answer ran too long"] += 1
             return
-        row = self._row(passage, question, answer)
-        if isinstance(row, str):
-            self.rejected[row] += 1
+        reason = self._fault(passage.text, question, answer)
+        if reason:
+            self.rejected[reason] += 1
         else:
-            self.kept.append(row)
+            self.kept.append(_row(passage, question, answer))
 
-    def _row(self, passage: Passage, question: str, answer: str) -> dict[str, Any] | str:
-        """The line of the set, or what is wrong with the draft."""
-        place = FoldedText(passage.text).find(answer)
-        if place is None:
-            return "the answer does not stand in the text"
-        if not question.endswith(("?", "？")):
-            return "the question does not end with a question mark"
-        if FoldedText(question).find(answer) is not None:
-            return "the question holds the answer"
-        if not Statements(passage.text).held(facts(question)):
-            return "the question has no word of the text"
-        if any(FoldedText(row["question"]).folded == FoldedText(question).folded for row in self.kept):
-            return "the question was drafted before"
-        start, end = (passage.start + offset for offset in place)
-        words = passage.text[slice(*place)]
-        page = {"page": passage.page} if passage.page is not None else {}
-        return {"question": question, "answers": [words], "source": passage.source, **page, "start": start, "end": end}
+    def _fault(self, text: str, question: str, answer: str) -> str:
+        """What is wrong with a draft; empty where nothing is."""
+        folded = FoldedText(text)
+        faults = {
+            "the answer does not stand in the text": folded.find(answer) is None,
+            "the question does not end with a question mark": not question.endswith(("?", "？")),
+            "the question holds the answer": FoldedText(question).find(answer) is not None,
+            "the question copies the text": any(
+                _is_long(clause) and folded.find(clause) for clause in _CLAUSE.split(question.rstrip("?？"))
+            ),
+            "the question has no word of the text": not Statements(text).held(facts(question)),
+            "the question was drafted before": FoldedText(question).folded in self._asked(),
+        }
+        return next((reason for reason, found in faults.items() if found), "")
+
+    def _asked(self) -> set[str]:
+        return {FoldedText(row["question"]).folded for row in self.kept}
+
+
+def _row(passage: Passage, question: str, answer: str) -> dict[str, Any]:
+    """The line of the set."""
+    place = FoldedText(passage.text).find(answer)
+    assert place is not None
+    start, end = (passage.start + offset for offset in place)
+    page = {"page": passage.page} if passage.page is not None else {}
+    words = passage.text[slice(*place)]
+    return {"question": question, "answers": [words], "source": passage.source, **page, "start": start, "end": end}
 
 
 class Drafting:
@@ -178,6 +189,11 @@ class Drafting:
                 return dict(zip(positions, replies, strict=True))
 
         return work
+
+
+def _is_long(clause: str) -> bool:
+    """Whether a clause is more than a name or a term: seven words, or ten Chinese characters."""
+    return len(clause.split()) >= 7 or (language_of(clause) == "zh" and len(FoldedText(clause).folded) >= 10)
 
 
 def evenly(passages: Sequence[Passage], count: int) -> list[Passage]:

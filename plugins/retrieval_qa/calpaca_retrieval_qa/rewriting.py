@@ -1,8 +1,8 @@
 """Follow-up questions rewritten so that they can be understood alone.
 
 "And when was it built?" finds nothing. The model is asked for the question with its references filled in from the turns
-before, and the result is checked: it must be a question, keep most of the follow-up's own words, and bring in no word that
-neither the follow-up nor the turns have. A rewriting that fails is not used; then the follow-up is looked up together
+before, and the result is checked: it must be a question that refers to nothing, keep most of the follow-up's own words,
+and bring in no word that neither the follow-up nor the turns have. A rewriting that fails is not used; then the follow-up is looked up together
 with the question before it, and the model is shown the turns. A question that refers to nothing before it is left as it
 is: turns that have nothing to do with it only lead a small model astray.
 """
@@ -69,6 +69,8 @@ def fault(text: str, question: str, turns: str) -> str:
     """What is wrong with a rewriting; empty where nothing is."""
     if not text.endswith(_QUESTION_MARKS) or len(text) > _LONGEST:
         return "it is no question"
+    if not stands_alone(text):
+        return "it still refers to something before it"
     own, new = facts(question), facts(text)
     if own and len(Statements(text).held(own)) < _KEPT * len(own):
         return "it asks for something else"
