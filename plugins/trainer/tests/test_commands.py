@@ -92,3 +92,28 @@ def test_init_writes_a_recipe_that_is_valid(scenario, tmp_path, capsys) -> None:
     assert set(tomllib.loads(file.read_text())) <= set(type(recipe).model_fields)
     assert main(["train", "init", scenario, "--output", str(file)]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_jobs_resume_goes_on_with_an_interrupted_run(typed, tmp_path, capsys, monkeypatch) -> None:
+    from calpaca_trainer.causal_trainer import CausalTrainer
+
+    step = CausalTrainer.training_step
+
+    def interrupted(self, *arguments, **options):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(CausalTrainer, "training_step", interrupted)
+    output = tmp_path / "run"
+    options = ["--max-steps", "4", "--save-every", "2", "--samples", "0", "--dtype", "float32", "--output", str(output)]
+    assert main(["train", "sft", *typed, *options]) == 130
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert main(["jobs", "list", "--json"]) == 0
+    (job,) = json.loads(capsys.readouterr().out)
+    assert (job["state"], job["done"], job["total"]) == ("cancelled", 3, 4)
+    assert main(["jobs", "resume", job["id"]]) == 0
+    result = capsys.readouterr()
+    assert result.out == f"{output}\n"
+    assert "Going on after step 2 of 4." in result.err
