@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import Any
 from urllib.parse import urlsplit
 
 from scrapy.exceptions import IgnoreRequest
 
-SETTING = "CALPACA_PRIVATE_ADDRESSES"
+SETTING = "CALPACA_ALLOWED_NETWORKS"
+"""Networks of Scrapy's setting that may be asked although they are not public."""
 
 
 class RefusedAddress(IgnoreRequest):  # Scrapy's name for what is left out
@@ -34,7 +35,7 @@ class AddressGuard:
 
     def __init__(self, crawler: Any) -> None:
         self._stats = crawler.stats
-        self._private = crawler.settings.getbool(SETTING)
+        self._networks = [ip_network(network) for network in crawler.settings.getlist(SETTING)]
 
     @classmethod
     def from_crawler(cls, crawler: Any) -> AddressGuard:
@@ -45,23 +46,22 @@ class AddressGuard:
         address = urlsplit(request.url)
         if address.scheme not in {"http", "https"} or not address.hostname or address.username:
             self._refuse(request.url, "not an address of a page")
-        if self._private or request.meta.get("proxy"):
+        if request.meta.get("proxy"):
             return
         for found in await self._resolved(str(address.hostname), address.port or 0):
-            if not is_public(found):
+            if not self._may_be_asked(found):
                 self._refuse(request.url, f"{found} is no public address")
 
     def process_response(self, request: Any, response: Any) -> Any:
         """The response, if it came from a public address. Raises RefusedAddress."""
         answered = response.ip_address
-        if (
-            not self._private
-            and answered is not None
-            and not request.meta.get("proxy")
-            and not is_public(str(answered))
-        ):
+        if answered is not None and not request.meta.get("proxy") and not self._may_be_asked(str(answered)):
             self._refuse(request.url, f"{answered} answered, which is no public address")
         return response
+
+    def _may_be_asked(self, address: str) -> bool:
+        found = ip_address(address.partition("%")[0])
+        return is_public(address) or any(found in network for network in self._networks)
 
     async def _resolved(self, host: str, port: int) -> list[str]:
         try:

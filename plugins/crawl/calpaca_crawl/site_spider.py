@@ -61,10 +61,8 @@ class SiteSpider(Spider):
         self._ends = time.monotonic() + (options.max_time or float("inf"))
         hosts = [urlsplit(url).hostname or "" for url in starts]
         self.allowed_domains = list(options.domains) or list(dict.fromkeys(hosts))
-        self._links = LinkExtractor(
-            allow=options.include, deny=options.exclude, allow_domains=self.allowed_domains,
-            deny_extensions=[each for each in _NO_PAGES if each != "pdf" or not options.pdf], unique=True, canonicalize=False,
-        )  # fmt: skip
+        kept = {"pdf"} if options.pdf else set()
+        self._links = LinkExtractor(deny_extensions=sorted(_NO_PAGES - kept), unique=True)
 
     @classmethod
     def from_crawler(cls, crawler: Any, *args: Any, **kwargs: Any) -> SiteSpider:
@@ -112,6 +110,8 @@ class SiteSpider(Spider):
 
     # Pages ---------------------------------------------------------------------------------------------------------
     def parse(self, response: Response, **_: Any) -> Iterator[Any]:
+        if self.job.done >= self.options.max_pages:  # some are still on their way when the last one is read
+            return
         if _RECORDED in response.flags:
             record = json.loads(response.body)
             self.job.reused += 1
@@ -145,7 +145,11 @@ class SiteSpider(Spider):
             self.crawler.stats.inc_value("calpaca/other_types")
             return {"page": asdict(Page(response.url)), "links": []}
         page = read_page(response.url, response.body, response._headers_encoding())
-        links = [link.url for link in self._links.extract_links(response)] if "html" in kind else []
+        links = (
+            [link.url for link in self._links.extract_links(response) if self._wanted(link.url)]
+            if "html" in kind
+            else []
+        )
         return {"page": asdict(page), "links": links}
 
     def _kept_pdf(self, response: Response) -> Page:
@@ -167,11 +171,11 @@ class SiteSpider(Spider):
         return self.job.ledger.get_many([key]).get(key)
 
     def _key(self, url: str) -> str:
-        return step_key(KIND, job=self.job.id, begun=self._begun, url=url)
+        return step_key(KIND, starts=self._starts, begun=self._begun, url=url)
 
 
-_NO_PAGES = (
+_NO_PAGES = frozenset({
     "7z", "avi", "bmp", "bz2", "css", "doc", "docx", "exe", "gif", "gz", "ico", "iso", "jpeg", "jpg", "js", "m4a", "mov", "mp3",
     "mp4", "mpeg", "msi", "odt", "ogg", "pdf", "png", "ppt", "pptx", "rar", "rss", "svg", "tar", "tgz", "tif", "ttf", "wav",
     "webm", "webp", "woff", "woff2", "xls", "xlsx", "xz", "zip",
-)  # fmt: skip
+})  # fmt: skip

@@ -23,10 +23,9 @@ _UNFINISHED = {"interrupted", "failed", "cancelled"}
 
 def begun(ledger: Ledger, kind: str, parameters: dict[str, Any]) -> str:
     """When the crawl began that this one goes on with: the last with these parameters, if it did not end by itself."""
-    for record in ledger.jobs():
-        if record.kind == kind and record.state in _UNFINISHED and _same(record.parameters, parameters):
-            return str(record.parameters["begun"])
-    return datetime.now(UTC).isoformat()
+    same = (record for record in ledger.jobs() if record.kind == kind and _same(record.parameters, parameters))
+    last = next(same, None)
+    return str(last.parameters["begun"]) if last and last.state in _UNFINISHED else datetime.now(UTC).isoformat()
 
 
 def _same(recorded: Any, parameters: dict[str, Any]) -> bool:
@@ -69,6 +68,11 @@ def scrapy_settings(options: WebOptions) -> dict[str, Any]:
         "LOG_ENABLED": False,
         "COOKIES_ENABLED": False,
         "USER_AGENT": options.user_agent,
+        # With max-age=0 the cache asks the server whether a page has changed, and does not guess it from its age.
+        "DEFAULT_REQUEST_HEADERS": {
+            "Accept": "text/html,application/pdf;q=0.9,*/*;q=0.5",
+            "Cache-Control": "max-age=0",
+        },
         "ROBOTSTXT_OBEY": options.robots,
         "DOWNLOAD_TIMEOUT": options.timeout,
         "DOWNLOAD_MAXSIZE": int(options.max_megabytes * 1e6),
@@ -85,7 +89,7 @@ def scrapy_settings(options: WebOptions) -> dict[str, Any]:
         "HTTPCACHE_ENABLED": options.cache,
         "HTTPCACHE_DIR": str(cache_dir() / "crawl"),
         "HTTPCACHE_POLICY": "scrapy.extensions.httpcache.RFC2616Policy",
-        "CALPACA_PRIVATE_ADDRESSES": options.private_addresses,
+        "CALPACA_ALLOWED_NETWORKS": list(options.networks),
         "DOWNLOADER_MIDDLEWARES": {
             "calpaca_crawl.site_spider.RecordedPages": 20,
             "calpaca_crawl.address_guard.AddressGuard": 610,

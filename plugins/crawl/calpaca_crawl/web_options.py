@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from calpaca.plugins.options import Flag
 
@@ -34,9 +36,26 @@ class WebOptions(BaseModel):
     retries: int = Field(2, ge=0, description="How often a page that fails for a passing reason is tried again.")
     user_agent: str = Field("calpaca-crawl", description="Name by which the crawler calls itself, also to robots.txt.")
     robots: bool = Field(True, description="Keep to robots.txt.")
-    private_addresses: bool = Field(False, description="Allow this machine and private networks.")
+    networks: Annotated[list[str], Flag("allow-network")] = Field(
+        [], description="Network that is not public and may be asked, such as 192.168.1.0/24 or 127.0.0.1; repeat."
+    )
     pdf: bool = Field(True, description="Keep PDFs.")
     shortest: int = Field(100, ge=0, description="Characters of a page's text, at the least.")
     similarity: float = Field(0.9, gt=0, le=1, description="ROUGE-L from which on a page is a duplicate of another.")
     cache: bool = Field(True, description="Ask again only for pages that have changed since an earlier crawl.")
     overwrite: bool = Field(False, description="Replace a folder that is there.")
+
+    @field_validator("networks")
+    @classmethod
+    def _are_networks(cls, networks: list[str]) -> list[str]:
+        return [str(ip_network(network, strict=False)) for network in networks]
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _are_patterns(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"no regular expression: {error}") from error
+        return patterns

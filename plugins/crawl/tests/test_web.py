@@ -17,21 +17,49 @@ from click.testing import CliRunner, Result
 
 from calpaca.cli.main import program
 from calpaca.core.errors import JobError, UsageError
+from calpaca.testing import fake_runtime
 
 _spec = importlib.util.spec_from_file_location("trap_site", Path(__file__).with_name("trap_site.py"))
 trap_site_module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(trap_site_module)
 trap_site, SUBJECTS, CHINESE = trap_site_module.trap_site, trap_site_module.SUBJECTS, trap_site_module.CHINESE
 
-TRAPS = ("/secret", "/loop", "/inside", "/elsewhere", "/huge", "/drip", "/broken", "/missing", "/gbk", "/manual.pdf", "/calendar/1")
+TRAPS = (
+    "/secret",
+    "/loop",
+    "/inside",
+    "/elsewhere",
+    "/huge",
+    "/drip",
+    "/broken",
+    "/missing",
+    "/gbk",
+    "/manual.pdf",
+    "/calendar/1",
+)
 PAGES = tuple(f"/{subject}" for subject in SUBJECTS)
-FAST = ("--private-addresses", "--delay", "0", "--retries", "1", "--timeout", "2", "--max-megabytes", "1", "--depth", "4")
+FAST = (
+    "--allow-network",
+    "127.0.0.0/8",
+    "--delay",
+    "0",
+    "--retries",
+    "1",
+    "--timeout",
+    "2",
+    "--max-megabytes",
+    "1",
+    "--depth",
+    "4",
+)
 
 
 @pytest.fixture
 def crawl(monkeypatch, tmp_path) -> Callable[..., Result]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CALPACA_CACHE", str(tmp_path / "cache"))
+    runtime = fake_runtime()  # the process's own one keeps the ledger of an earlier test
+    monkeypatch.setattr("calpaca_crawl.commands.web.shared_runtime", lambda: runtime)
     return lambda *arguments: CliRunner().invoke(program, ["crawl", "web", *arguments])
 
 
@@ -45,10 +73,11 @@ def report(folder: str = "corpus") -> dict:
 
 def test_a_site_with_traps_is_crawled_twice_with_the_same_result(crawl) -> None:
     with trap_site((*PAGES, *TRAPS)) as site:
-        first = crawl(site.url, *FAST)
+        domains = ("--domain", "127.0.0.1", "--domain", "10.0.0.1")
+        first = crawl(site.url, *FAST, *domains)
         assert first.exit_code == 0, (first.output, first.exception)
         once, found, asked = documents(), report(), dict(site.asked)
-        second = crawl(site.url, *FAST, "--output", "again")
+        second = crawl(site.url, *FAST, *domains, "--output", "again")
         assert second.exit_code == 0, second.output
         assert documents("again") == once
         assert site.unchanged == len(SUBJECTS)
@@ -58,7 +87,7 @@ def test_a_site_with_traps_is_crawled_twice_with_the_same_result(crawl) -> None:
     assert all(count == 1 for path, count in asked.items() if path in {*PAGES, "/", "/gbk", "/copy"})
     assert "/secret" not in asked
     assert found["robots_refused"] == 1
-    assert found["refused_addresses"] == 1  # the private one; Scrapy itself follows no redirect to a file
+    assert found["refused_addresses"] == 2  # the private page and its robots.txt; Scrapy follows no redirect to a file
     assert found["statuses"]["500"] == 2
     assert {"HttpError", "DownloadCancelledError"} <= found["failed"].keys()
     assert max(int(path.rpartition("/")[2]) for path in asked if path.startswith("/calendar")) <= 8
@@ -76,7 +105,11 @@ def test_a_page_in_gbk_that_calls_itself_utf_8_is_read(crawl) -> None:
 
 def test_private_addresses_are_refused_unless_they_are_allowed(crawl) -> None:
     with trap_site(PAGES) as site:
-        for start in (site.url, site.url.replace("127.0.0.1", "localhost"), site.url.replace("127.0.0.1", "[::ffff:127.0.0.1]")):
+        for start in (
+            site.url,
+            site.url.replace("127.0.0.1", "localhost"),
+            site.url.replace("127.0.0.1", "[::ffff:127.0.0.1]"),
+        ):
             result = crawl(start, "--delay", "0", "--no-robots")
             assert isinstance(result.exception, JobError)
         assert not site.asked
@@ -103,11 +136,13 @@ def test_markdown_files_hold_title_and_address(crawl) -> None:
     with trap_site(("/violins",)) as site:
         crawl(site.url, *FAST, "--form", "markdown")
     (page,) = Path("corpus").glob("*violins*.md")
-    assert page.read_text(encoding="utf-8").startswith(f'---\ntitle: "Violins"\nurl: {site.url}violins\n---\n\n# Violins')
+    assert page.read_text(encoding="utf-8").startswith(
+        f'---\ntitle: "Violins"\nurl: {site.url}violins\n---\n\n# Violins'
+    )
 
 
 def test_a_crawl_that_was_killed_goes_on_and_asks_for_no_page_twice(crawl, tmp_path) -> None:
-    with trap_site(PAGES, pause=0.25) as site:
+    with trap_site(PAGES, pause=0.15) as site:
         arguments = ["crawl", "web", site.url, *FAST, "--in-flight", "1", "--no-cache"]
         process = subprocess.Popen([sys.executable, "-m", "calpaca", *arguments], cwd=tmp_path, env=os.environ)
         deadline = time.monotonic() + 60
