@@ -19,7 +19,7 @@ SETTING = "CALPACA_ALLOWED_NETWORKS"
 """Networks of Scrapy's setting that may be asked although they are not public."""
 
 
-class RefusedAddress(IgnoreRequest):  # Scrapy's name for what is left out
+class RefusedAddress(IgnoreRequest):  # type: ignore[misc]  # Scrapy is not checked  # Scrapy's name for what is left out
     """An address that a crawl does not ask."""
 
 

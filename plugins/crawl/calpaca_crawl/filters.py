@@ -19,8 +19,8 @@ _REFUSAL = re.compile(
 )
 _PLACEHOLDER = re.compile(
     r"\[(?:insert|your|name|placeholder|input|text|topic|date)\b[^\]]{0,40}\]|<(?:input|output|instruction|noinput|placeholder|text)>|"
-    r"\{\{?\s*\w+\s*\}?\}|lorem ipsum|\bx{3,}\b|[\[【<((](?:此处|在此|请)?(?:插入|填写|填入|输入)[^\]】>))]{0,20}[\]】>))]|某某|×{2,}|[xX]{2,}(?:公司|先生|女士)|待填写",
-    re.IGNORECASE,
+    r"\{\{?\s*\w+\s*\}?\}|lorem ipsum|\bx{3,}\b|[\[【<((](?:此处|在此|请)?(?:插入|填写|填入|输入)[^\]】>))]{0,20}[\]】>))]|某某|×{2,}|[xX]{2,}(?:公司|先生|女士)|待填写|^…|…$",
+    re.IGNORECASE | re.MULTILINE,
 )
 _REPEATED = re.compile(r"(.{1,60}?)\1{5,}", re.DOTALL)
 _UNREADABLE = "\ufffd"

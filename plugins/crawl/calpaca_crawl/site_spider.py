@@ -43,7 +43,7 @@ class RecordedPages:
         return None if found is None else TextResponse(request.url, body=found, encoding="utf-8", flags=[_RECORDED])
 
 
-class SiteSpider(Spider):
+class SiteSpider(Spider):  # type: ignore[misc]
     """Follows links within the allowed domains. `pages` are those that were read, by the address they have."""
 
     name = "calpaca"

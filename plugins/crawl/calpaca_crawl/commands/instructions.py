@@ -53,13 +53,13 @@ def make(options: InstructionOptions, prompts: Prompts, path: Path) -> dict[str,
     """Make rows into the file `path`, and give the report's figures. Raises CalpacaError."""
     from calpaca_crawl.budget import Spending
     from calpaca_crawl.filters import Filters
-    from calpaca_crawl.methods import METHODS
+    from calpaca_crawl.methods import METHODS, Method
     from calpaca_crawl.output import Output
     from calpaca_crawl.run import KIND, Run
 
     runtime = shared_runtime()
     setup = _setup(options, prompts, runtime)
-    methods = {name: METHODS[name](setup) for name in options.methods}
+    methods: dict[str, Method] = {name: METHODS[name](setup) for name in options.methods}
     output = Output(path)
     generators = _generators(options, runtime)
     pool = _pool(options, setup, generators)
