@@ -10,6 +10,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from calpaca.core.paths import atomic_file
+
 FILE = "metrics.jsonl"
 
 
@@ -28,7 +30,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def forget_metrics_after(folder: Path, step: int) -> None:
     """Remove records of steps that will be done again."""
     kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
-    (folder / FILE).write_text("".join(kept), "utf-8")
+    with atomic_file(folder / FILE) as part:
+        part.write_text("".join(kept), "utf-8")
 
 
 class MetricsWriter(TrainerCallback):  # type: ignore[misc]

@@ -23,6 +23,7 @@ from calpaca_trainer.metrics import read_metrics
 from calpaca_trainer.recipe import Recipe
 
 _TRAINING = ("accelerate", "calpaca-trainer")
+_RECIPE = "recipe.toml"
 _IDENTITY, _ENVIRONMENT, _SAMPLES, _SUMMARY = "identity.json", "environment.json", "samples.json", "summary.json"
 
 
@@ -41,12 +42,15 @@ class RunFolder:
 
         Raises UsageError for a folder of something else, of a finished run, or of one with other settings or data.
         """
-        if not self.path.exists() or not any(self.path.iterdir()):
-            self._write(_IDENTITY, identity)
-            self._write(_ENVIRONMENT, describe_environment())
-            (self.path / "recipe.toml").write_text(to_toml(recipe), "utf-8")
-            return False
         earlier = self._read(_IDENTITY)
+        if earlier is None and self._names() <= {
+            "record",
+            _RECIPE,
+        }:  # nothing, or what a kill left at the very beginning
+            self._write(_ENVIRONMENT, describe_environment())
+            (self.path / _RECIPE).write_text(to_toml(recipe), "utf-8")
+            self._write(_IDENTITY, identity)
+            return False
         if earlier is None:
             raise UsageError(f"{self.path} exists already and is no run of training.", "Name another --output.")
         if self.is_finished:
@@ -61,6 +65,12 @@ class RunFolder:
                 "Give the same settings and data to go on with it, or name another --output.",
             )
         return True
+
+    def _names(self) -> set[str]:
+        """What lies in the folder, or the file that is in its place."""
+        if self.path.is_file():
+            return {self.path.name}
+        return {each.name for each in self.path.iterdir()} if self.path.exists() else set()
 
     def _write(self, name: str, content: Any) -> None:
         file = self.path / "record" / name

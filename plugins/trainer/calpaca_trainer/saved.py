@@ -18,6 +18,7 @@ from calpaca.core.convert.tokenizer_files import HF_FILES, MODEL_FILE
 from calpaca.core.disk import check_space, disk_errors
 from calpaca.core.files import AdapterFiles
 from calpaca.core.fingerprint import file_digest
+from calpaca.core.paths import atomic_file
 from calpaca_trainer.errors import TrainingError
 from calpaca_trainer.learner import Learner, load_adapter_state
 from calpaca_trainer.prompting import Prompting
@@ -109,7 +110,8 @@ class Saver:
         lineage = Lineage("train", (base,), self.settings, self.learner.prompting.template_digest, versions())
         record = FileRecord(file.stat().st_size, file_digest(file, use_memo=False))
         manifest = Manifest(lineage, {file.name: record}, tensor_records(open_checkpoint(file)))
-        (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
+        with atomic_file(folder / MANIFEST) as part:
+            part.write_text(manifest.to_json(), "utf-8")
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:

@@ -337,3 +337,6 @@ def test_a_folder_of_another_run_is_not_touched(run, recipe, runtime, tmp_path, 
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="is no run of training"):
         run("other")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="is no run of training"):
+        run("file")
