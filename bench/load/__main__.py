@@ -1,10 +1,10 @@
 """`calpaca serve` under load beside a serial server: locust clients, loopback, same weights and threads, one after another.
 
 Run: pip install --group load && python bench/load [--users 32] [--seconds 20] [--engine transformers]
-     [--dtype bfloat16] [--tokens 32] [--json FILE] [--plot FILE]
+     [--dtype bfloat16] [--tokens 32] [--rounds 1] [--server calpaca] [--json FILE] [--plot FILE]
 
 Prints tokens per second of both and their ratio, seconds to the first token, between tokens and of whole answers (50 %
-and 95 %), and the memory of each server before and after.
+and 95 %; of the last round), and the memory of each server before and after each round.
 """
 
 from __future__ import annotations
@@ -94,15 +94,16 @@ def load(address: str, options: argparse.Namespace, report: Path) -> dict[str, A
 def measure(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One server under load: figures, and when its tokens came, in seconds from the first."""
     with serving(name, options, folder) as (address, process):
-        before = memory(process)
-        seen = load(address, options, folder / f"{name}.json")
-        after = memory(process)
+        memories = [memory(process)]
+        for _ in range(options.rounds):
+            seen = load(address, options, folder / f"{name}.json")
+            memories.append(memory(process))
     times = np.sort(np.array(seen["tokens"]))
     if not times.size:
         raise SystemExit(f"{name}: no token in {options.seconds} s, {seen['failures']} failures")
     found: dict[str, Any] = {"tokens_per_second": times.size / options.seconds, "answers": len(seen["totals"])}
     found |= {key: shares(seen[key]) for key in ("first", "gaps", "totals")}
-    found |= {"failures": seen["failures"], "memory_mib": [before, after]}
+    found |= {"failures": seen["failures"], "memory_mib": memories}
     return found | {"times": (times - times[0]).round(3).tolist()}
 
 
@@ -121,7 +122,7 @@ def describe(name: str, found: dict[str, Any]) -> str:
     for key, label in (("first", "first token"), ("gaps", "gap"), ("totals", "answer")):
         if found[key]:
             parts.append(f"{label} {found[key]['p50']:.3f} s (95 %: {found[key]['p95']:.3f})")
-    parts.append("memory {:.0f} to {:.0f} MiB".format(*found["memory_mib"]))
+    parts.append(f"memory {', '.join(f'{each:.0f}' for each in found['memory_mib'])} MiB")
     return f"{name}: " + ", ".join([*parts, f"{found['failures']} failures"])
 
 
@@ -138,7 +139,7 @@ def plot(results: dict[str, dict[str, Any]], seconds: int, title: str, file: Pat
         axes.stairs(counts, edges, label=name)
     axes.set(xlabel="seconds", ylabel="tokens per second", title=title, ylim=(0, None))
     axes.legend()
-    figure.savefig(file)
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
 def main() -> None:
@@ -148,14 +149,22 @@ def main() -> None:
     parser.add_argument("--engine", default="transformers")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--server",
+        choices=["calpaca", "serial"],
+        help="only this one, compared with nothing: neither --json nor --plot",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("calpaca", "serial"):
+        for name in [options.server] if options.server else ["calpaca", "serial"]:
             results[name] = measure(name, options, Path(folder))
             print(describe(name, results[name]), flush=True)
+    if options.server:
+        return
     ratio = results["calpaca"]["tokens_per_second"] / results["serial"]["tokens_per_second"]
     title = f"{options.users} clients, {options.engine}, {options.dtype}"
     print(f"{title}: {ratio:.1f} times the serial server")
