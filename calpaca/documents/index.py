@@ -31,7 +31,7 @@ from calpaca.documents.shelf import IndexDescription, ShelvedIndex
 from calpaca.documents.splitter import CHUNK_OVERLAP, CHUNK_SIZE, SentenceSplitter
 from calpaca.documents.vectors import PreparedEmbeddings
 
-FORMAT = 3
+FORMAT = 4
 """Part of an index's key. Raised when loaders or splitter change what they make of the same file, or the manifest its
 tables."""
 

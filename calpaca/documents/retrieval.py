@@ -58,14 +58,16 @@ def _identity(document: Document) -> str:
 
 
 def _passage(document: Document, score: float | None) -> Source:
+    """With lines where the file has them; a page, slide, heading or paragraph, in the metadata, tells the place else."""
     metadata = document.metadata
     page = metadata.get("page")
+    lines = (None, None) if metadata.get("converted") else (metadata.get("start_line"), metadata.get("end_line"))
     return Source(
         source=str(metadata.get("source", "")),
         text=document.page_content,
         page=page if isinstance(page, int) else None,
-        start=metadata.get("start_line"),
-        end=metadata.get("end_line"),
+        start=lines[0],
+        end=lines[1],
         score=None if score is None else float(score),
         metadata=dict(metadata),
     )

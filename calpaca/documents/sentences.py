@@ -156,3 +156,13 @@ def pieces(text: str, start: int, end: int) -> list[tuple[int, int]]:
             return [part for left, right in ranges for part in _trimmed(text, left, right)]
     middle = (start + end) // 2
     return [*_trimmed(text, start, middle), *_trimmed(text, middle, end)]
+
+
+def windows(text: str, start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """A range in parts of at most `size` characters, cut at spaces where there are any."""
+    while end - start > size:
+        space = text.rfind(" ", start + size // 2, start + size)
+        cut = space + 1 if space >= 0 else start + size
+        yield from _trimmed(text, start, cut)
+        start = cut
+    yield from _trimmed(text, start, end)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from langchain_core.documents import BaseDocumentTransformer, Document
 
 from calpaca.core.errors import UsageError
-from calpaca.documents.sentences import Form, blocks, pieces, sentences
+from calpaca.documents.sentences import Form, blocks, pieces, sentences, windows
 
 CountTokens = Callable[[Sequence[str]], list[int]]
 
@@ -20,7 +20,11 @@ _PARAGRAPH_FILL = 0.5
 the chunks after an edit the same as before it, so that they need no new embedding."""
 
 
-@dataclass(frozen=True)
+_WINDOW = 50_000
+"""Characters of a sentence that are cut up at once."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Unit:
     """A sentence or a part of one: where it lies, its tokens, and whether a heading or paragraph begins with it."""
 
@@ -46,8 +50,8 @@ class SentenceSplitter(BaseDocumentTransformer):
     several texts, as `Embedder.count_tokens` does.
 
     Every chunk is a slice of its document. Metadata, beside the document's own: `start` and `end` (characters),
-    `start_line` and `end_line` (from 1, both included), `index` (from 0), `tokens`, and in Markdown `heading`
-    (`Chapter > Section`).
+    `start_line` and `end_line` (from 1, both included), `index` (from 0), `tokens`, in Markdown `heading`
+    (`Chapter > Section`), and in text that a loader made of something else (`converted`) `paragraph` (from 1).
     """
 
     def __init__(
@@ -86,6 +90,8 @@ class SentenceSplitter(BaseDocumentTransformer):
                 "tokens": sum(unit.tokens for unit in packed),
             }
             heading = {"heading": body[0].heading} if body[0].heading else {}
+            if document.metadata.get("converted"):
+                place["paragraph"] = text.count("\n\n", 0, start) + 1
             yield Document(text[start:end], metadata={**document.metadata, **place, **heading})
 
     def _units(self, text: str, form: Form) -> list[_Unit]:
@@ -110,6 +116,9 @@ class SentenceSplitter(BaseDocumentTransformer):
             if tokens <= self.chunk_size or unit.end - unit.start < 2:
                 counted.append(_Unit(unit.start, unit.end, tokens, unit.heading, unit.is_heading, unit.begins_block))
                 continue
+            if unit.end - unit.start > _WINDOW:
+                counted += self._counted_in_windows(text, unit)
+                continue
             parts = pieces(text, unit.start, unit.end)
             cut = [
                 _Unit(start, end, 0, unit.heading, unit.is_heading, unit.begins_block and number == 0)
@@ -117,6 +126,29 @@ class SentenceSplitter(BaseDocumentTransformer):
             ]
             counted += self._counted(text, cut)
         return counted
+
+    def _counted_in_windows(self, text: str, unit: _Unit) -> list[_Unit]:
+        """A sentence of many pages, as a file without line ends is: window by window, its pieces joined to quarters of a
+        chunk, so that a hundred million words are never in memory one by one.
+        """
+        counted: list[_Unit] = []
+        for number, (start, end) in enumerate(windows(text, unit.start, unit.end, _WINDOW)):
+            window = _Unit(start, end, 0, unit.heading, unit.is_heading, unit.begins_block and number == 0)
+            counted += self._joined(self._counted(text, [window]))
+        return counted
+
+    def _joined(self, units: list[_Unit]) -> Iterator[_Unit]:
+        last: _Unit | None = None
+        for unit in units:
+            if last is None:
+                last = unit
+            elif last.tokens + unit.tokens <= self.chunk_size // 4:
+                last = replace(last, end=unit.end, tokens=last.tokens + unit.tokens)
+            else:
+                yield last
+                last = unit
+        if last is not None:
+            yield last
 
     def _pack(self, units: list[_Unit]) -> Iterator[list[_Unit]]:
         chunk: list[_Unit] = []

@@ -178,3 +178,41 @@ def test_without_the_extra_the_error_says_what_to_install(runtime, write, monkey
     with pytest.raises(MissingExtraError) as caught:
         load_file(write(kind, b""), runtime.loaders)
     assert "calpaca[office]" in caught.value.hint
+
+
+FOOTNOTES = (
+    '<w:footnotes xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main">'
+    '<w:footnote w:type="separator" w:id="0"><w:p><w:r><w:t>line</w:t></w:r></w:p></w:footnote>'
+    '<w:footnote w:id="2"><w:p><w:r><w:t>Since </w:t></w:r><w:r><w:t>1962.</w:t></w:r></w:p></w:footnote>'
+    "</w:footnotes>"
+)
+
+
+def test_footnotes_headers_and_footers_of_a_word_document_are_read(runtime, tmp_path: Path) -> None:
+    from docx.opc.constants import CONTENT_TYPE, RELATIONSHIP_TYPE
+    from docx.opc.packuri import PackURI
+    from docx.opc.part import Part
+
+    document = docx.Document()
+    document.add_paragraph("The llama hums.")
+    document.sections[0].header.paragraphs[0].text = "Confidential"
+    document.add_section().footer.paragraphs[0].text = "Larkmoor farm"
+    name = PackURI("/word/footnotes.xml")
+    part = Part(name, CONTENT_TYPE.WML_FOOTNOTES, FOOTNOTES.encode(), document.part.package)
+    document.part.relate_to(part, RELATIONSHIP_TYPE.FOOTNOTES)
+    document.save(tmp_path / "a.docx")
+    (read,) = load_file(tmp_path / "a.docx", runtime.loaders)
+    assert read.page_content.split("\n\n") == ["The llama hums.", "[2] Since 1962.", "Confidential", "Larkmoor farm"]
+
+
+def test_a_source_in_a_word_document_names_heading_and_paragraph_rather_than_lines(make_index, sync, tmp_path) -> None:
+    document = docx.Document()
+    for title, text in (("Care", "The llama hums."), ("Food", "The whale eats krill.")):
+        document.add_heading(title, 1)
+        document.add_paragraph(text)
+    document.save(tmp_path / "a.docx")
+    index = make_index(tmp_path / "a.docx", chunk_size=8)
+    sync(index)
+    best = retrieve(index.retriever, "What does the whale eat?", Search(1, "hybrid"))[0]
+    assert (best.start, best.end) == (None, None)
+    assert (best.metadata["heading"], best.metadata["paragraph"]) == ("Food", 3)

@@ -82,3 +82,26 @@ def test_a_file_too_large_for_memory_is_refused(runtime, tmp_path: Path) -> None
         file.truncate(MOST_BYTES + 1)  # takes no room on disk
     with pytest.raises(DocumentError, match=r"has 1,024 MiB, more than"):
         load_file(tmp_path / "big.txt", runtime.loaders)
+
+
+# Pages that a crawl wrote ----------------------------------------------------------------------------------------------
+def pages(*rows: dict) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_a_passage_of_a_crawled_page_names_its_address(make_index, sync, tmp_path: Path) -> None:
+    first = {"url": "https://farm.example/care", "title": "Care", "text": "# Care\n\nThe llama hums."}
+    second = {"url": "https://farm.example/sea", "text": "A whale swims.", "date": None}
+    (tmp_path / "documents.jsonl").write_text(pages(first, second))
+    index = make_index(tmp_path)
+    sync(index)
+    llama, whale = retrieve(index.retriever, "Does the llama hum?", Search(2, "hybrid"))
+    assert (llama.source, llama.start, llama.metadata["heading"]) == ("https://farm.example/care", None, "Care")
+    assert (llama.metadata["title"], llama.metadata["file"]) == ("Care", str(tmp_path / "documents.jsonl"))
+    assert (whale.source, whale.text) == ("https://farm.example/sea", "A whale swims.")
+
+
+def test_a_line_among_pages_that_is_none_is_named(runtime, tmp_path: Path) -> None:
+    (tmp_path / "documents.jsonl").write_text(pages({"url": "https://a", "text": "A"}, {"url": "https://b"}))
+    with pytest.raises(DocumentError, match="holds pages, but none at line 2"):
+        load_file(tmp_path / "documents.jsonl", runtime.loaders)

@@ -147,3 +147,13 @@ def test_an_edit_leaves_the_chunks_of_other_paragraphs_alone() -> None:
 def test_impossible_sizes_are_refused(size: int, overlap: int) -> None:
     with pytest.raises(UsageError):
         SentenceSplitter(count, size, overlap)
+
+
+def test_a_file_without_line_ends_and_full_stops_is_split_whole() -> None:
+    text = " ".join(f"word{number}" for number in range(30_000))  # more than are cut up at once
+    chunks = SentenceSplitter(lambda texts: [len(each.split()) for each in texts], 96, 0).split_documents(
+        [Document(text)]
+    )
+    assert " ".join(chunk.page_content for chunk in chunks) == text
+    assert all(chunk.metadata["tokens"] <= 96 for chunk in chunks)
+    assert sum(chunk.metadata["tokens"] for chunk in chunks) > 0.8 * 96 * len(chunks)

@@ -21,14 +21,16 @@ _COMPOUND_FILE = bytes.fromhex("d0cf11e0a1b11ae1")
 _ENCRYPTED = 0x1
 
 
-def describe_archive(path: str, form: str) -> dict[str, str]:
-    """Check an archive; the metadata that all documents in it share: `source`, `sha256` of the file, and `format`.
+def describe_archive(path: str, form: str) -> dict[str, str | bool]:
+    """Check an archive; the metadata that all documents in it share: `source`, `sha256` of the file, `format`, and
+    `converted` where lines of the text are none of the file.
 
     Raises as `check_archive`.
     """
     check_archive(path)
     with Path(path).open("rb") as file:
-        return {"source": path, "sha256": hashlib.file_digest(file, "sha256").hexdigest(), "format": form}
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"source": path, "sha256": digest, "format": form, "converted": form != "rows"}
 
 
 def check_archive(path: str) -> None:

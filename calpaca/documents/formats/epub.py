@@ -41,7 +41,7 @@ class EpubLoader(BaseLoader):
                 f"{self.path} is no EPUB book, or it is damaged: {error}.", "Check the file with an e-book reader."
             ) from error
 
-    def _chapters(self, archive: ZipFile, metadata: dict[str, str]) -> Iterator[Document]:
+    def _chapters(self, archive: ZipFile, metadata: dict[str, str | bool]) -> Iterator[Document]:
         package = _attribute(_xml(archive, _CONTAINER), f".//{_ANY}rootfile", "full-path")
         book = _xml(archive, package)
         hrefs = {item.get("id"): item.get("href", "") for item in book.iterfind(f".//{_ANY}manifest/{_ANY}item")}

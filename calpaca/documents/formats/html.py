@@ -45,7 +45,9 @@ class HtmlLoader(BaseLoader):
         text, title = read_page(page_text(data, self.path))
         named = {"title": title} if title else {}
         digest = hashlib.sha256(data).hexdigest()
-        yield Document(text, metadata={"source": self.path, "sha256": digest, "format": "markdown", **named})
+        yield Document(
+            text, metadata={"source": self.path, "sha256": digest, "format": "markdown", "converted": True, **named}
+        )
 
 
 def page_text(data: bytes, name: str) -> str:

@@ -51,8 +51,41 @@ class JsonLoader(BaseLoader):
 
 
 class JsonLinesLoader(JsonLoader):
-    """One document per file, a line per value, so that a passage's lines are those of the file."""
+    """One document per file, a line per value, so that a passage's lines are those of the file.
+
+    Where every value is a page, with `url` and `text` as `calpaca crawl web` writes them, one document per page instead:
+    its text as Markdown, its `url` as `source`, and `title` and `file` (the path) beside it.
+    """
+
+    def lazy_load(self) -> Iterator[Document]:
+        data = Path(self.path).read_bytes()
+        text, _ = decode(data, self.path)
+        first = text.lstrip().partition("\n")[0]
+        if not _is_page(self._parsed(first, 1) if first.strip() else None):
+            yield from super().lazy_load()
+            return
+        digest = hashlib.sha256(data).hexdigest()
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield self._page(self._parsed(line, number), number, digest)
+
+    def _page(self, value: Any, line: int, digest: str) -> Document:
+        if not _is_page(value):
+            raise DocumentError(f"{self.path} holds pages, but none at line {line}.", "Mend or remove that line.")
+        named = {"title": value["title"]} if isinstance(value.get("title"), str) else {}
+        metadata = {
+            "source": value["url"],
+            "file": self.path,
+            "sha256": digest,
+            "format": "markdown",
+            "converted": True,
+        }
+        return Document(value["text"], metadata={**metadata, **named})
 
     def _lines(self, text: str) -> Iterator[str]:
         for number, line in enumerate(text.split("\n"), 1):
             yield record(self._parsed(line, number)) if line.strip() else ""
+
+
+def _is_page(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("url"), str) and isinstance(value.get("text"), str)
