@@ -90,6 +90,18 @@ async def test_every_sampling_field_reaches_the_engine(scripted, path) -> None:
     assert sampling.logit_bias == ((5, 100.0), (7, -1.5))
 
 
+async def test_a_penalty_changes_a_long_text_and_an_empty_prompt_is_no_server_error(scripted) -> None:
+    server = scripted(None)
+    body = {"prompt": "abc", "max_tokens": 60, "temperature": 0, "logit_bias": {"261": -100}}
+    plain, penalised = [
+        (await server.post("/v1/completions", **body, **fields)).json()["choices"][0]["text"]
+        for fields in ({}, {"frequency_penalty": 2.0, "presence_penalty": 2.0})
+    ]
+    assert len(plain) == len(penalised) == 60
+    assert plain != penalised
+    assert (await server.post("/v1/completions", prompt="", max_tokens=1)).status_code in (200, 400)
+
+
 async def test_a_bias_forces_a_token_and_one_on_no_token_is_a_400(scripted) -> None:
     server = scripted(None)
     answer = (await server.post("/v1/completions", prompt="x", max_tokens=3, logit_bias={str(ord("q")): 100})).json()
