@@ -35,7 +35,7 @@ def test_killed_at_random_moments_the_loss_curve_goes_on_exactly(small, rows, tm
     while not (killed / "calpaca-manifest.json").is_file():
         process = begin(small, rows, killed)
         try:
-            assert process.wait(timeout=chance.uniform(0.3, 1.0) * longest if kills < 6 else None) == 0
+            assert process.wait(timeout=chance.uniform(0.25, 0.6) * longest if kills < 6 else None) == 0
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
