@@ -1,0 +1,136 @@
+"""Rows from an OpenAI-compatible server on this machine: several requests at once, and faults of the server."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from calpaca.cli.main import program
+from calpaca.core.errors import CalpacaError
+from calpaca.core.settings import read_settings
+from calpaca.plugins.wiring import build_runtime
+
+Answer = Callable[[int], tuple[int, str]]
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, answer: Answer, delay: float) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.answer, self.delay = answer, delay
+        self.count, self.running, self.peak = 0, 0, 0
+        self.lock = threading.Lock()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._send(200, json.dumps({"object": "list", "data": [{"id": "m", "owned_by": "somebody"}]}).encode())
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        server = self.server
+        with server.lock:
+            number, server.count = server.count, server.count + 1
+            server.running += 1
+            server.peak = max(server.peak, server.running)
+        time.sleep(server.delay)
+        status, text = server.answer(number)
+        with server.lock:
+            server.running -= 1
+        if status != 200:
+            self._send(status, b'{"error": {"message": "not now"}}')
+            return
+        first = {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+        last = {
+            "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 9, "completion_tokens": 9},
+        }
+        body = "".join(f"data: {json.dumps(each)}\n\n" for each in (first, last)) + "data: [DONE]\n\n"
+        self._send(200, body.encode(), "text/event-stream")
+
+    def _send(self, status: int, body: bytes, kind: str = "application/json") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        if status == 429:
+            self.send_header("Retry-After", "0")
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@contextmanager
+def endpoint(answer: Answer, delay: float = 0.0) -> Iterator[_Server]:
+    server = _Server(answer, delay)
+    thread = threading.Thread(target=server.serve_forever, args=[0.05], daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def crawl(monkeypatch, tmp_path) -> Callable[..., Result]:
+    monkeypatch.chdir(tmp_path)
+
+    def run(server: _Server, *arguments: str) -> Result:
+        runtime = build_runtime(read_settings())
+        monkeypatch.setattr("calpaca_crawl.commands.instructions.shared_runtime", lambda: runtime)
+        model = f"http://127.0.0.1:{server.server_port}/v1#m"
+        with runtime:
+            return CliRunner().invoke(
+                program, ["crawl", "instructions", "rows.jsonl", "--model", model, "--records", "1", *arguments]
+            )
+
+    return run
+
+
+def row(number: int) -> str:
+    text = " ".join(f"{chr(97 + (number * step) % 26)}{number * step + step}x{number}" for step in (1, 3, 5, 7, 9))
+    return json.dumps({"rows": [{"instruction": f"Explain {text}", "input": "", "output": f"It is number {number}."}]})
+
+
+def test_eight_requests_are_with_the_server_at_once_and_no_more(crawl) -> None:
+    with endpoint(lambda number: (200, row(number)), delay=0.1) as server:
+        result = crawl(server, "--max-rows", "24", "--in-flight", "8")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert server.peak == 8
+    assert len(Path("rows.jsonl").read_text().splitlines()) == 24
+
+
+def test_a_server_that_is_busy_now_and_then_is_asked_again(crawl) -> None:
+    with endpoint(lambda number: (429, "") if number % 3 == 0 else (200, row(number))) as server:
+        result = crawl(server, "--max-rows", "4", "--in-flight", "1")
+    assert result.exit_code == 0, (result.output, result.exception)
+
+
+def test_a_server_that_ignores_the_schema_is_asked_without_one(crawl) -> None:
+    with endpoint(lambda number: (200, f"Gladly:\n```\n{row(number)}\n```")) as server:
+        result = crawl(server, "--max-rows", "2", "--in-flight", "1")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert server.count == 3
+
+
+@pytest.mark.parametrize("status", [401, 500])
+def test_a_server_that_refuses_every_request_ends_the_run_with_its_words(crawl, status) -> None:
+    with endpoint(lambda _: (status, "")) as server:
+        result = crawl(server, "--in-flight", "1")
+    assert isinstance(result.exception, CalpacaError)
+    assert "not now" in result.exception.message
+    assert server.count == 5
