@@ -121,6 +121,8 @@ class AnswerPrinter:
         if source.start is not None:
             ends_elsewhere = source.end is not None and source.end != source.start
             place += f", lines {source.start}-{source.end}" if ends_elsewhere else f", line {source.start}"
+        elif source.metadata.get("heading"):  # text of a web page or an office document has no lines
+            place += f", {source.metadata['heading']}"
         score = f"  ({source.score:.2f})" if source.score is not None else ""
         text = "".join(f"      {line}\n" for line in source.text.splitlines()) if self.verbose else ""
         return f"  [{number}] {place}{score}\n{text}"
