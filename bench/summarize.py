@@ -91,14 +91,17 @@ def compare(model: Model, arguments: argparse.Namespace) -> None:
     text = chapters(arguments.chunks, arguments.words)
     chunk_size = int(1.3 * len(model.engine.encode(text)) / arguments.chunks)
     model.chat([{"role": "user", "content": "Say yes."}], Sampling(max_new_tokens=4)).result()
-    fast = summarize(model, text, "map_reduce", arguments.new_tokens, chunk_size)
-    slow = summarize(model, text, "refine", arguments.new_tokens, chunk_size)
     print(f"{model.name} on {model.engine.name}")
-    for name, one in (("map_reduce", fast), ("refine", slow)):
+    measured: dict[str, Measured] = {}
+    strategies: tuple[Literal["map_reduce", "refine"], ...] = ("map_reduce", "refine")
+    for strategy in strategies:
+        one = measured[strategy] = summarize(model, text, strategy, arguments.new_tokens, chunk_size)
         print(
-            f"{name:<11}{one.seconds:>8.1f} s {one.cpu:>8.1f} CPU s {one.chunks:>5} chunks {one.prompts:>5} prompts "
-            f"{one.prompt_tokens:>8,} tokens sent {one.new_tokens:>7,} answered   coverage {one.coverage}"
+            f"{strategy:<11}{one.seconds:>8.1f} s {one.cpu:>8.1f} CPU s {one.chunks:>5} chunks {one.prompts:>5} prompts "
+            f"{one.prompt_tokens:>8,} tokens sent {one.new_tokens:>7,} answered   coverage {one.coverage}",
+            flush=True,
         )
+    fast, slow = measured["map_reduce"], measured["refine"]
     print(f"map_reduce is {slow.seconds / fast.seconds:.1f} x faster ({slow.cpu / fast.cpu:.1f} x in CPU time)")
 
 
