@@ -1,6 +1,6 @@
 """How much faster map_reduce is than refine over the same chunks on the same engine, and what a book of 1 MB takes.
 
-Run: python bench/summarize.py [--chunks 100] [--words 80] [--new-tokens 48] [--engine auto] [--model NAME]
+Run: python bench/summarize.py [--chunks 100] [--words 80] [--new-tokens 160] [--engine auto] [--model NAME]
      python bench/summarize.py --book [--megabytes 1] [--engine …]    (--engine fake: a scripted engine, memory alone)
 
 The chunks are chapters of as many words each; both strategies send each of them once, with the same limit for every
@@ -27,7 +27,7 @@ from calpaca.core.model import Model
 from calpaca.core.spec import ModelSpec
 from calpaca_summarize.asking import Asker
 from calpaca_summarize.coverage import CoverageLedger
-from calpaca_summarize.plan import Planner
+from calpaca_summarize.plan import NOTE_TOKENS, Planner
 from calpaca_summarize.prompts import SummaryPrompts, Wishes
 from calpaca_summarize.source import Source, SourceText
 
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=100)
     parser.add_argument("--words", type=int, default=80, help="words in a chunk")
-    parser.add_argument("--new-tokens", type=int, default=48, help="longest answer of every step")
+    parser.add_argument("--new-tokens", type=int, default=NOTE_TOKENS, help="longest answer of every step")
     parser.add_argument("--model")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--book", action="store_true", help="read a book instead")
