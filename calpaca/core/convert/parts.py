@@ -67,7 +67,7 @@ def open_original(folder: Path) -> OriginalCheckpoint:
     """
     parts = _open_parts(folder)
     params = read_object(folder / PARAMS)
-    shapes = _whole_shapes(folder, parts)
+    shapes: Mapping[str, tuple[int, ...]] = _whole_shapes(folder, parts)
     _check_count(folder, len(parts), shapes)
     architecture = from_params(params, shapes, str(folder))
     shapes = _without_copies(shapes, architecture, len(parts))

@@ -4,7 +4,7 @@ An answer that quotes its prompt is guessed well, and one step of the model chec
 change an answer: each token is chosen from the model's own logits, and counts only where it is what was guessed.
 
 A step of a few tokens takes no longer than one of a single token (see `schedule`), so so many are guessed wherever even
-one token occurred before, and more only of a row whose guesses come true. Replayed on answers to `retrieval_qa`'s prompts
+one token occurred before, and more only of a row whose guesses come true. Replayed on answers to document QA prompts
 that gave 2.2 tokens a step, and 1.6 with guesses from two tokens on and a pause after wrong ones.
 """
 
