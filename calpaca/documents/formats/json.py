@@ -53,7 +53,7 @@ class JsonLoader(BaseLoader):
 class JsonLinesLoader(JsonLoader):
     """One document per file, a line per value, so that a passage's lines are those of the file.
 
-    Where every value is a page, with `url` and `text` as a crawl of the web writes them, one document per page instead:
+    Where every value is a page, with `url` and `text` as crawlers write them, one document per page instead:
     its text as Markdown, its `url` as `source`, and `title` and `file` (the path) beside it.
     """
 
