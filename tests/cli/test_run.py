@@ -328,7 +328,9 @@ def test_no_jobs_is_said_on_stderr(calpaca) -> None:
 
 def test_ctrl_c_stops_a_job_within_a_second_and_resume_finishes_it(start, counting, calpaca) -> None:
     process = start("run", "count", "--steps", "30", "--seconds", "0.1")
-    time.sleep(2.0)
+    while not any(row["done"] for row in calpaca("jobs", "list", "--json").json):
+        assert process.poll() is None
+        time.sleep(0.05)
     interrupted = time.perf_counter()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)

@@ -31,7 +31,10 @@ def vocab() -> None:
 @click.argument("corpus", nargs=-1, required=True, type=_PATH)
 @click.option("--output", "-o", required=True, type=_PATH, help="The .model file to write.")
 @click.option("--vocab-size", "size", type=click.IntRange(10), default=20_000, show_default=True, help="Pieces.")
-@click.option("--type", "kind", type=click.Choice(["unigram", "bpe"]), default="unigram", show_default=True)
+@click.option(
+    "--type", "kind", type=click.Choice(["unigram", "bpe"]), default="unigram", show_default=True,
+    help="How SentencePiece chooses the pieces.",
+)  # fmt: skip
 @click.option(
     "--coverage", type=click.FloatRange(0.98, 1), default=0.9995, show_default=True,
     help="Share of the text's characters that get a piece.",
@@ -45,7 +48,9 @@ def vocab() -> None:
     "--normalization", type=click.Choice(["nmt_nfkc", "nfkc", "identity"]), default="nmt_nfkc", show_default=True,
     help="What is done to a text first.",
 )  # fmt: skip
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads that SentencePiece trains with."
+)
 def train(corpus: tuple[Path, ...], output: Path, **options: Any) -> None:
     """Train a vocabulary on text files, or on the .txt and .md files of folders, read line by line."""
     from calpaca.core.errors import UsageError
@@ -140,8 +145,9 @@ def _told(facts: Mapping[str, Any]) -> list[str]:
 @vocab.command()
 @click.argument("models", nargs=-1, required=True, type=_PATH)
 @click.option(
-    "--text", "texts", multiple=True, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False)
-)
+    "--text", "texts", multiple=True, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A text to measure on; repeat for several.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def report(models: tuple[Path, ...], texts: tuple[Path, ...], as_json: bool) -> None:
     """Tokens per character that vocabularies need for texts, and whether the texts come back exactly."""

@@ -104,11 +104,12 @@ def test_jobs_resume_goes_on_with_an_interrupted_run(typed, tmp_path, capsys, mo
             raise KeyboardInterrupt
         return step(self, *arguments, **options)
 
-    monkeypatch.setattr(CausalTrainer, "training_step", interrupted)
+    monkeypatch.setenv("CALPACA_DATA", str(tmp_path / "data"))  # a ledger without the jobs of other tests
     output = tmp_path / "run"
     options = ["--max-steps", "4", "--save-every", "2", "--samples", "0", "--dtype", "float32", "--output", str(output)]
-    assert main(["train", "sft", *typed, *options]) == 130
-    monkeypatch.undo()
+    with monkeypatch.context() as interrupting:
+        interrupting.setattr(CausalTrainer, "training_step", interrupted)
+        assert main(["train", "sft", *typed, *options]) == 130
     capsys.readouterr()
     assert main(["jobs", "list", "--json"]) == 0
     (job,) = json.loads(capsys.readouterr().out)
