@@ -5,6 +5,8 @@ Models lie in the ordinary cache, where `make setup` puts them; a test run witho
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +33,14 @@ def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs and settings of the person who runs the tests are neither read nor touched."""
     monkeypatch.setenv("CALPACA_DATA", str(tmp_path / "calpaca-data"))
     monkeypatch.setenv("CALPACA_CONFIG", str(tmp_path / "calpaca-config"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Give what a file's models took back to the system: a worker runs hundreds of tests, and glibc keeps it otherwise."""
+    if (nextitem is None or nextitem.path != item.path) and sys.platform == "linux":
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

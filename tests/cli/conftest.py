@@ -42,6 +42,8 @@ def calpaca(tmp_path, monkeypatch, capsys) -> Callable[..., Outcome]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capsys.readouterr()
         code = main(arguments)
+        if wiring._shared is not None:
+            wiring._shared.close()  # the threads of a model that is left open keep it in memory
         return Outcome(code, *capsys.readouterr())
 
     return run

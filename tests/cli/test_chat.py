@@ -3,7 +3,9 @@
 import os
 import pty
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -58,10 +60,7 @@ def test_a_line_that_cannot_be_answered_is_told_and_the_next_one_is_answered(tal
 
 @pytest.mark.slow
 def test_on_a_terminal_ctrl_c_stops_the_answer_and_a_kill_loses_nothing_that_was_shown(smollm2, tmp_path):
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ |= {"CALPACA_DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}
-        os.execlp("calpaca", "calpaca", "chat", *MODEL, "--session", "long")
+    pid, terminal = _in_terminal(tmp_path, *MODEL, "--session", "long")
     _read_until(terminal, "> ")
     os.write(terminal, b"Write a very long story about a llama.\n")
     _read_until(terminal, "llama.\r\n", "the")
@@ -89,10 +88,7 @@ def test_without_a_terminal_the_chat_says_how_to_talk(calpaca):
 
 @pytest.mark.slow
 def test_in_a_terminal_one_asks_stops_and_quits(smollm2, tmp_path):
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ |= {"CALPACA_DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
-        os.execlp("calpaca", "calpaca", "chat", *MODEL[1:], "--session", "screen")
+    pid, terminal = _in_terminal(tmp_path, *MODEL[1:], "--session", "screen")
     _read_until(terminal, "Ask something")
     os.write(terminal, PARIS.encode() + b"\r")
     _read_until(terminal, "Paris")
@@ -110,10 +106,7 @@ def test_in_a_terminal_one_asks_stops_and_quits(smollm2, tmp_path):
 
 @pytest.mark.slow
 def test_a_kill_in_mid_answer_loses_nothing_that_was_on_the_screen(smollm2, tmp_path):
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ |= {"CALPACA_DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
-        os.execlp("calpaca", "calpaca", "chat", *MODEL[1:], "--session", "killed")
+    pid, terminal = _in_terminal(tmp_path, *MODEL[1:], "--session", "killed")
     _read_until(terminal, "Ask something")
     os.write(terminal, b"Write a very long story about a llama.\r")
     _read_until(terminal, "Writing", "Once")
@@ -122,6 +115,19 @@ def test_a_kill_in_mid_answer_loses_nothing_that_was_on_the_screen(smollm2, tmp_
     question, answer = Sessions(tmp_path / "data" / "sessions.sqlite").find("killed").path()
     assert (question.complete, answer.complete) == (True, False)
     assert answer.content.startswith("Once")
+
+
+def _in_terminal(folder: Path, *arguments: str) -> tuple[int, int]:
+    """A chat in a terminal of its own: process id, and the terminal's other side."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        environment = {"CALPACA_DATA": str(folder / "data"), "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
+        try:
+            command = [sys.executable, "-m", "calpaca", "chat", *arguments]
+            os.execve(sys.executable, command, {**os.environ, **environment})
+        finally:
+            os._exit(1)  # the copy of the test process must not go on testing
+    return pid, terminal
 
 
 def _read_until(terminal: int, *texts: str) -> str:

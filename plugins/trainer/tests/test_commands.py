@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Iterator
 
 import pytest
 
 from calpaca.cli.main import main
+from calpaca.plugins import wiring
 from calpaca_trainer.commands.init import SCENARIOS
 from calpaca_trainer.recipe import read_recipe
 
 
 @pytest.fixture
-def typed(small, rows):
-    return ["--model", str(small), "--dataset", str(rows), "--max-length", "128"]
+def typed(small, rows, monkeypatch) -> Iterator[list[str]]:
+    """The options of a small run. The program has a runtime of its own: another test's job ledger is not seen."""
+    monkeypatch.setattr(wiring, "_shared", None)
+    yield ["--model", str(small), "--dataset", str(rows), "--max-length", "128"]
+    wiring.runtime().close()
 
 
 def test_data_check_shows_what_is_learnt_token_by_token(typed, capsys) -> None:
@@ -104,7 +109,6 @@ def test_jobs_resume_goes_on_with_an_interrupted_run(typed, tmp_path, capsys, mo
             raise KeyboardInterrupt
         return step(self, *arguments, **options)
 
-    monkeypatch.setenv("CALPACA_DATA", str(tmp_path / "data"))  # a ledger without the jobs of other tests
     output = tmp_path / "run"
     options = ["--max-steps", "4", "--save-every", "2", "--samples", "0", "--dtype", "float32", "--output", str(output)]
     with monkeypatch.context() as interrupting:
