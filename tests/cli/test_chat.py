@@ -2,6 +2,7 @@
 
 import os
 import pty
+import select
 import signal
 import sys
 import time
@@ -136,7 +137,8 @@ def _read_until(terminal: int, *texts: str) -> str:
     at = 0
     for text in texts:
         while text not in seen[at:]:
-            assert time.monotonic() < until, seen
+            ready, _, _ = select.select([terminal], [], [], until - time.monotonic())
+            assert ready, seen
             seen += os.read(terminal, 4096).decode(errors="replace")
         at = seen.index(text, at) + len(text)
     return seen

@@ -326,18 +326,16 @@ def test_no_jobs_is_said_on_stderr(calpaca) -> None:
     assert calpaca("jobs", "list", "--json").json == []
 
 
-def test_ctrl_c_stops_a_job_within_a_second_and_resume_finishes_it(start, counting, calpaca) -> None:
+def test_ctrl_c_stops_a_job_before_its_next_step_and_resume_finishes_it(start, counting, calpaca) -> None:
     process = start("run", "count", "--steps", "30", "--seconds", "0.1")
     while not any(row["done"] for row in calpaca("jobs", "list", "--json").json):
         assert process.poll() is None
         time.sleep(0.05)
-    interrupted = time.perf_counter()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
-    assert time.perf_counter() - interrupted < 1.0
     assert (process.returncode, out) == (130, "")
     (row,) = calpaca("jobs", "list", "--json").json
-    assert row["state"] == "cancelled"
+    assert (row["state"], row["done"] < 30) == ("cancelled", True)
     assert err.splitlines() == [
         "calpaca: Cancelled; what is finished is kept.",
         f"  Go on with: calpaca jobs resume {row['id']}",
