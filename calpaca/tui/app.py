@@ -214,8 +214,8 @@ class ChatApp(App[None]):
         await self.transcript.grow(text, None if begun else self.session.path()[-1])
 
     async def on_chat_app_ended(self, ended: Ended) -> None:
-        self._answering, self._conversation = False, None
         await self.transcript.end_answer()
+        self._answering, self._conversation = False, None
         path = self.session.path()
         if ended.error is not None and path and path[-1].role == "user":
             await self._give_back(path[-1])
