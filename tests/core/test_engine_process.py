@@ -245,7 +245,7 @@ CALLER = """
     except KeyboardInterrupt:
         print("interrupted", flush=True)
         time.sleep(0.3)
-        print("still there", worker.running, flush=True)
+        print(f"still there {{worker.running}}", flush=True)  # in one piece, whatever the other thread prints
 """
 
 
