@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+_LEAST_TEMPERATURE = 1e-5
+"""Below it logits that are divided by the temperature leave the range of float32; the likeliest token has all there is."""
+
 _AT_ONCE = 64
 """Rows of logits that are turned into log probabilities at a time, in float32."""
 
@@ -93,7 +96,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     draw. min-p is arXiv:2407.01082, and looks at the probabilities after temperature, as transformers does."""
     import torch
 
-    scores = logits / sampling.temperature
+    scores = logits / max(sampling.temperature, _LEAST_TEMPERATURE)
     order: Tensor | None = None
     if sampling.top_k and sampling.top_k < scores.numel():
         scores, order = torch.topk(scores, sampling.top_k)

@@ -197,7 +197,14 @@ class ChatApp(App[None]):
         else:
             self.post_message(self.Ended())
 
+    @property
+    def _is_shown(self) -> bool:
+        """False when the program is being left: what an answer in hand still says is kept, but has no place to stand."""
+        return bool(self.query(Transcript))
+
     async def on_chat_app_said(self, message: Said) -> None:
+        if not self._is_shown:
+            return
         match message.event:
             case Token(text=text):
                 await self._grow(text)
@@ -214,6 +221,8 @@ class ChatApp(App[None]):
         await self.transcript.grow(text, None if begun else self.session.path()[-1])
 
     async def on_chat_app_ended(self, ended: Ended) -> None:
+        if not self._is_shown:
+            return
         await self.transcript.end_answer()
         self._answering, self._conversation = False, None
         path = self.session.path()

@@ -52,6 +52,12 @@ def test_min_p_1_is_greedy() -> None:
     assert float(drawn(Sampling(temperature=2.0, min_p=1.0), 50)[int(logits().argmax())]) == 1.0
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-38, 1e-6])
+def test_the_smallest_temperatures_take_the_likeliest_token(temperature: float) -> None:
+    assert float(drawn(Sampling(temperature=temperature, top_p=0.9), 50)[logits().argmax()]) == 1.0
+    assert float(drawn(Sampling(temperature=temperature), 50)[logits().argmax()]) == 1.0
+
+
 def test_penalties_follow_the_published_formula_and_count_the_answer_only() -> None:
     processor = LogitsProcessor(Sampling(frequency_penalty=0.5, presence_penalty=1.25), prompt_tokens=3)
     assert torch.equal(processor(logits(), [7, 7, 8]), logits())

@@ -58,6 +58,8 @@ def shown(app) -> list[str]:
     texts = []
     for view in app.query(MessageView):
         markdown = view.query(Markdown)
+        if not view.children:  # it has its place, and is not filled yet
+            continue
         texts.append(markdown.first().source if markdown else str(view.query_one(Static).content))
     return texts
 
@@ -128,6 +130,28 @@ async def test_escape_stops_an_answer_and_what_was_shown_is_kept(chat):
         assert titles(app)[1].endswith("not complete")
         assert app.session.path()[1].content == shown(app)[1]
         await until(pilot, lambda: app.fake.running == 0)
+
+
+async def test_other_screens_may_be_opened_while_an_answer_is_written(chat):
+    app = chat(["word " * 100], delay=0.005)
+    async with app.run_test(size=SIZE) as pilot:
+        app.composer.text = "go on"
+        await pilot.press("enter")
+        await until(pilot, lambda: len(shown(app)) == 2)
+        await pilot.press("ctrl+o")
+        await until(pilot, lambda: not app._answering)
+        await pilot.press("escape")
+        assert shown(app)[1].count("word") == 100
+
+
+async def test_leaving_in_mid_answer_keeps_what_was_written(chat):
+    app = chat(["word " * 2000], delay=0.002, sampling=Sampling(max_new_tokens=20_000))
+    async with app.run_test(size=SIZE) as pilot:
+        app.composer.text = "go on"
+        await pilot.press("enter")
+        await until(pilot, lambda: len(shown(app)) == 2)
+        await pilot.press("ctrl+q")
+    assert [message.complete for message in app.session.path()] == [True, False]
 
 
 async def test_while_an_answer_is_written_another_question_waits_in_the_composer(chat):
