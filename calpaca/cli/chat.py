@@ -14,7 +14,7 @@ from calpaca.cli.answer import AnswerPrinter
 from calpaca.cli.failure import report
 from calpaca.cli.flags import flags, group_of
 from calpaca.cli.run import AppCommand, answers_only, shared_runtime, was_typed
-from calpaca.core.errors import CalpacaError, SessionError, UsageError
+from calpaca.core.errors import CalpacaError, UsageError
 from calpaca.plugins.options import ModelOptions, SamplingOptions, read_options
 
 if TYPE_CHECKING:
@@ -87,16 +87,17 @@ def _conversation(options: ChatOptions, runtime: Runtime) -> Conversation:
 
 
 def _session(options: ChatOptions, runtime: Runtime) -> Session:
-    """The session that is named, or a new one. Raises UsageError for a system text that would come too late."""
+    """The session that is named, or a new one.
+
+    Raises UsageError for a system text that would come too late, SessionError for a name of several sessions.
+    """
     setup = options.model_dump(mode="json", exclude_defaults=True, exclude={"session", "plain"})
-    if options.session is not None:
-        with suppress(SessionError):
-            session = runtime.sessions.find(options.session)
-            if options.system is not None:
-                raise UsageError(
-                    f"The session '{options.session}' has begun already.", "Leave --system out, or name a new session."
-                )
-            return session
+    if options.session is not None and runtime.sessions.named(options.session):
+        if options.system is not None:
+            raise UsageError(
+                f"The session '{options.session}' has begun already.", "Leave --system out, or name a new session."
+            )
+        return runtime.sessions.find(options.session)
     session = runtime.sessions.new(setup, options.session or "")
     if options.system is not None:
         session.add("system", options.system)

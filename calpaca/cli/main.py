@@ -10,13 +10,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib import import_module
 
 import click
 
 from calpaca import __version__
 from calpaca.cli.failure import INTERRUPTED, report
-from calpaca.cli.group import Group
+from calpaca.cli.group import LazyGroup
 from calpaca.core.errors import UsageError
 from calpaca.plugins.commands import PluginCommand, plugin_commands
 
@@ -41,22 +40,19 @@ COMMANDS = {
 """Name: (import path, sentence). The sentences stand here so that `--help` imports no command."""
 
 
-class LazyGroup(Group):
-    """The commands of `COMMANDS` and of the plugins, imported when they are used."""
+class Program(LazyGroup):
+    """The commands of `COMMANDS` and of the plugins."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*COMMANDS, *(name for name in plugin_commands(COMMANDS) if name not in COMMANDS)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        command: click.Command
         if cmd_name in COMMANDS:
-            module_name, _, attribute = COMMANDS[cmd_name][0].partition(":")
-            command = getattr(import_module(module_name), attribute)
-            return command
+            return super().get_command(ctx, cmd_name)
         offered = plugin_commands(COMMANDS).get(cmd_name)
         if offered is None:
             return None
-        command = offered.load()
+        command: click.Command = offered.load()
         return command
 
     def resolve_command(
@@ -67,9 +63,8 @@ class LazyGroup(Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_commands(ctx, formatter)
         offered = plugin_commands(COMMANDS)
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, sentence) for name, (_, sentence) in COMMANDS.items()])
         if offered:
             with formatter.section("Commands of plugins"):
                 formatter.write_dl([(name, _sentence(command)) for name, command in offered.items()])
@@ -94,7 +89,10 @@ def _say_what_to_install(name: str) -> None:
 
 
 @click.group(
-    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, name="calpaca"
+    cls=Program,
+    commands_by_path=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    name="calpaca",
 )
 @click.version_option(__version__, prog_name="calpaca", message="%(prog)s %(version)s")
 def program() -> None:

@@ -128,18 +128,22 @@ class Sessions:
             rows = connection.execute(_RECORDS + " GROUP BY s.id ORDER BY s.updated DESC LIMIT ?", (limit,)).fetchall()
         return [_record(row) for row in rows]
 
-    def find(self, name: str) -> Session:
-        """A session by its title, its id or a unique beginning of that. Raises SessionError when there is none or several."""
+    def named(self, name: str) -> list[SessionRecord]:
+        """The sessions of that title; without one, those whose id begins like that."""
         records = self.records()
-        matches = [record for record in records if record.title == name] or [
+        return [record for record in records if record.title == name] or [
             record for record in records if record.id.startswith(name)
         ]
+
+    def find(self, name: str) -> Session:
+        """The one session that is `named` so. Raises SessionError when there is none or several."""
+        matches = self.named(name)
         if len(matches) == 1:
             return Session(self, matches[0].id)
         if matches:
             ids = ", ".join(f"{record.id} ({record.title})" for record in matches[:9])
             raise SessionError(f"'{name}' names {len(matches)} sessions.", f"Which one: {ids}?")
-        raise SessionError(*unknown_name("session", name, [record.title or record.id for record in records]))
+        raise SessionError(*unknown_name("session", name, [record.title or record.id for record in self.records()]))
 
     def search(self, text: str, limit: int = 50) -> list[Found]:
         """Messages that hold all words of `text`, the last one perhaps only begun; the newest first."""

@@ -46,6 +46,14 @@ def test_a_session_is_gone_on_with_by_its_title(talk, sessions):
     assert (refused.code, "has begun already" in refused.err) == (2, True)
 
 
+def test_a_title_of_two_sessions_is_no_third_one(talk, sessions):
+    for _ in range(2):
+        sessions.new({}, "twice").add("user", "hello")
+    result = talk(PARIS, "--session", "twice")
+    assert (result.code, "names 2 sessions" in result.err) == (1, True)
+    assert len(sessions.records()) == 2
+
+
 def test_with_single_turn_each_line_stands_alone(talk, sessions):
     first, second = talk(f"{PARIS}\n{PARIS}\n", "--single-turn").out.splitlines()
     assert first == second == "The capital of France is Paris."

@@ -17,12 +17,13 @@ from langchain_core.vectorstores import VectorStore
 from calpaca.core.context import ContextPolicy
 from calpaca.core.errors import UsageError
 from calpaca.core.events import ContextReport, Event, Notice, Result, Source, UsageReport
+from calpaca.core.language import language_of
 from calpaca.documents.retrieval import Search, retrieve
 from calpaca_retrieval_qa.asking import ask, nothing_found
 from calpaca_retrieval_qa.evidence import EvidenceRule, Verdict
 from calpaca_retrieval_qa.history import fit_history
 from calpaca_retrieval_qa.options import CiteMode, Strategy
-from calpaca_retrieval_qa.prompts import Prompts, language_of, load_prompts
+from calpaca_retrieval_qa.prompts import Prompts, load_prompts
 from calpaca_retrieval_qa.record import AnswerRecord
 from calpaca_retrieval_qa.rewriting import rewrite, stands_alone
 from calpaca_retrieval_qa.session import Session

@@ -21,12 +21,13 @@ from langchain_core.messages import BaseMessage
 
 from calpaca.core.events import Event, Notice, Progress, Result, Token
 from calpaca.core.jobs import Job, step_key
+from calpaca.core.language import language_of
 from calpaca.core.runtime import Runtime
 from calpaca.documents.loaders import find_files, load_file
 from calpaca_retrieval_qa.evalset import check_writable, write_evalset
 from calpaca_retrieval_qa.facts import Statements, facts
 from calpaca_retrieval_qa.options import RetrievalQAOptions
-from calpaca_retrieval_qa.prompts import language_of, load_prompts
+from calpaca_retrieval_qa.prompts import load_prompts
 from calpaca_retrieval_qa.quotation import FoldedText
 from calpaca_retrieval_qa.recorded import RecordedWork
 

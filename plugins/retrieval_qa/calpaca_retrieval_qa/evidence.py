@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from calpaca.core.events import Source
-from calpaca_retrieval_qa.prompts import language_of
+from calpaca.core.language import language_of
 
 Kind = Literal["en", "zh", "across"]
 """The language of a question whose documents are in the same one, or that they are in another."""

@@ -17,9 +17,9 @@ from langchain_core.messages import BaseMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableConfig
 
+from calpaca.core.language import language_of
 from calpaca_retrieval_qa.facts import Statements, facts
 from calpaca_retrieval_qa.history import History
-from calpaca_retrieval_qa.prompts import language_of
 
 _KEPT = 0.5
 _QUESTION_MARKS = ("?", "？")

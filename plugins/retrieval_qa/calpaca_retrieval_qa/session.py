@@ -13,14 +13,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from calpaca.core.errors import CalpacaError, UsageError
+from calpaca.core.errors import SessionError, UsageError
 from calpaca.core.paths import data_dir
 
 _NAME = re.compile(r"[\w][\w.-]{0,99}")
-
-
-class SessionError(CalpacaError):
-    """A session cannot be read or written."""
 
 
 class Session:

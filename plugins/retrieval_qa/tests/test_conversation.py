@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from calpaca.core.errors import UsageError
+from calpaca.core.errors import SessionError, UsageError
 from calpaca.testing import fake_runtime
 from calpaca_retrieval_qa.app import build
 from calpaca_retrieval_qa.options import RetrievalQAOptions
 from calpaca_retrieval_qa.rewriting import fault, stands_alone
-from calpaca_retrieval_qa.session import Session, SessionError
+from calpaca_retrieval_qa.session import Session
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 import pytest
 
 from calpaca.core.errors import UsageError
-from calpaca_retrieval_qa.prompts import language_of, load_prompts
+from calpaca.core.language import language_of
+from calpaca_retrieval_qa.prompts import load_prompts
 
 
 @pytest.mark.parametrize(

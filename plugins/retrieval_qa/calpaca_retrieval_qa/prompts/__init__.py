@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 
 from calpaca.core.errors import UsageError, unknown_name
+from calpaca.core.language import Language
 
-Language = Literal["en", "zh"]
-
-_CJK = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
-_LETTER = re.compile(r"[^\W\d_]")
 _VARIABLES: Mapping[tuple[str, str], frozenset[str]] = {
     ("stuff", "system"): frozenset(),
     ("stuff", "passage"): frozenset({"text", "number", "source", "excerpt"}),
@@ -56,12 +52,6 @@ class Prompts:
     follow_up: ChatPromptTemplate
     evalset: ChatPromptTemplate
     nothing_found: str
-
-
-def language_of(question: str) -> Language:
-    """Chinese when a fifth of the letters is Chinese: names often stay in Latin script."""
-    letters = len(_LETTER.findall(question))
-    return "zh" if letters and len(_CJK.findall(question)) / letters >= 0.2 else "en"
 
 
 def load_prompts(language: Language, own: Path | None = None) -> Prompts:
