@@ -115,14 +115,7 @@ class AnswerPrinter:
             self._write(self.out, "\nSources\n" + "".join(self._source(*pair) for pair in enumerate(self._sources, 1)))
 
     def _source(self, number: int, source: Source) -> str:
-        place = _near(source.source)
-        if source.page is not None:
-            place += f", page {source.page}"
-        if source.start is not None:
-            ends_elsewhere = source.end is not None and source.end != source.start
-            place += f", lines {source.start}-{source.end}" if ends_elsewhere else f", line {source.start}"
-        elif source.metadata.get("heading"):  # text of a web page or an office document has no lines
-            place += f", {source.metadata['heading']}"
+        place = ", ".join(filter(None, (_near(source.source), source.place)))
         score = f"  ({source.score:.2f})" if source.score is not None else ""
         text = "".join(f"      {line}\n" for line in source.text.splitlines()) if self.verbose else ""
         return f"  [{number}] {place}{score}\n{text}"

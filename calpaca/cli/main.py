@@ -29,6 +29,7 @@ COMMANDS = {
     ),
     "plugins": ("calpaca.cli.plugins:plugins", "List the installed plugins and what is wrong with them."),
     "jobs": ("calpaca.cli.jobs:jobs", "List, explain and resume long runs."),
+    "sessions": ("calpaca.cli.sessions:sessions", "List, search, show and remove conversations."),
     "indexes": ("calpaca.cli.indexes:indexes", "List and remove indexes of documents."),
     "bench": ("calpaca.cli.bench:bench", "Measure what runs fastest on this machine."),
     "doctor": (

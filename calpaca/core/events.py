@@ -38,6 +38,17 @@ class Source:
     score: float | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def place(self) -> str:
+        """Where in its document it stands: `page 3, lines 4-5`; a heading where it has no lines; may be empty."""
+        parts = [f"page {self.page}"] if self.page is not None else []
+        if self.start is not None:
+            several = self.end is not None and self.end != self.start
+            parts.append(f"lines {self.start}-{self.end}" if several else f"line {self.start}")
+        elif self.metadata.get("heading"):  # text of a web page or an office document has no lines
+            parts.append(str(self.metadata["heading"]))
+        return ", ".join(parts)
+
 
 @dataclass(frozen=True)
 class UsageReport:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from calpaca.core.errors import SessionError, UsageError
+from calpaca.core.events import Source
 from calpaca.core.sessions import Session, Sessions, StoredMessage
 
 FORMS = (".md", ".json", ".jsonl")
@@ -35,8 +36,18 @@ def _markdown(session: Session) -> str:
     parts = [f"# {session.record.title}"]
     for message in session.path():
         cut = "" if message.complete else " (not complete)"
-        parts.append(f"## {_HEADINGS.get(message.role, message.role)}{cut}\n\n{message.content}")
+        parts.append(f"## {_HEADINGS.get(message.role, message.role)}{cut}\n\n{message.content}{_sources(message)}")
     return "\n\n".join(parts) + "\n"
+
+
+def _sources(message: StoredMessage) -> str:
+    """What an answer about documents cites, else the passages that it rests on, as a list."""
+    listed = message.metadata.get("citations") or message.metadata.get("sources") or []
+    sources = [Source(each["source"], "", each.get("page"), each.get("start"), each.get("end")) for each in listed]
+    lines = [
+        f"{number}. {', '.join(filter(None, (each.source, each.place)))}" for number, each in enumerate(sources, 1)
+    ]
+    return "\n\n" + "\n".join(lines) if lines else ""
 
 
 def _tree(session: Session) -> dict[str, Any]:

@@ -85,7 +85,6 @@ class Sessions:
     """All sessions of a person. Thread-safe; several processes may use one file."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._local = threading.local()
         with self.transaction() as connection:
@@ -100,6 +99,7 @@ class Sessions:
         try:
             connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
             if connection is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 connection = self._local.connection = sqlite3.connect(self.path, timeout=30)
                 connection.row_factory = sqlite3.Row
                 connection.executescript(
@@ -107,7 +107,7 @@ class Sessions:
                 )
             with connection:
                 yield connection
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise SessionError(
                 f"The sessions in {self.path} cannot be used: {error}.",
                 "Free disk space or check the permissions; CALPACA_DATA moves them.",
@@ -144,6 +144,11 @@ class Sessions:
             ids = ", ".join(f"{record.id} ({record.title})" for record in matches[:9])
             raise SessionError(f"'{name}' names {len(matches)} sessions.", f"Which one: {ids}?")
         raise SessionError(*unknown_name("session", name, [record.title or record.id for record in self.records()]))
+
+    def resume(self, title: str, setup: Mapping[str, Any]) -> Session:
+        """The session of that title or id, or a new one of that title. Raises SessionError when several have it."""
+        exact = [record for record in self.named(title) if title in (record.title, record.id)]
+        return self.find(title) if exact else self.new(setup, title)
 
     def search(self, text: str, limit: int = 50) -> list[Found]:
         """Messages that hold all words of `text`, the last one perhaps only begun; the newest first."""
@@ -228,6 +233,18 @@ class Session:
         """Put a message after the head, which it becomes."""
         return self._insert(self.head, role, content, metadata or {}, complete=True)
 
+    def extend(self, messages: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
+        """Put messages after the head, (role, content, metadata) each: all of them or, where that fails, none."""
+        with self._sessions.transaction() as connection:
+            # Written first, so that no other window moves the head meanwhile.
+            connection.execute("UPDATE sessions SET updated = ? WHERE id = ?", (time.time(), self.id))
+            row = connection.execute("SELECT head FROM sessions WHERE id = ?", (self.id,)).fetchone()
+            parent = (
+                row["head"] if row is not None else None
+            )  # of a session that is gone; SQLite then refuses the message
+            for role, content, metadata in messages:
+                parent = self._write(connection, parent, role, content, metadata, complete=True).id
+
     def edit(self, message_id: int, content: str) -> StoredMessage:
         """Begin a branch: another message in the place of one, which stays on its own branch."""
         message = self._of(self.tree(), message_id)
@@ -279,19 +296,25 @@ class Session:
     def _insert(
         self, parent: int | None, role: str, content: str, metadata: Mapping[str, Any], *, complete: bool
     ) -> StoredMessage:
-        now = time.time()
         with self._sessions.transaction() as connection:
-            cursor = connection.execute(
-                "INSERT INTO messages (session, parent, role, content, complete, metadata, created) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (self.id, parent, role, content, complete, _json(metadata), now),
-            )
-            message_id = cursor.lastrowid
-            assert message_id is not None
-            _index(connection, message_id, content)
-            connection.execute(
-                "UPDATE sessions SET head = ?, updated = ?, title = iif(title = '' AND ? = 'user', ?, title) WHERE id = ?",
-                (message_id, now, role, _title(content), self.id),
-            )
+            return self._write(connection, parent, role, content, metadata, complete=complete)
+
+    def _write(
+        self, connection: sqlite3.Connection, parent: int | None, role: str, content: str, metadata: Mapping[str, Any],
+        *, complete: bool,
+    ) -> StoredMessage:  # fmt: skip
+        now = time.time()
+        cursor = connection.execute(
+            "INSERT INTO messages (session, parent, role, content, complete, metadata, created) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (self.id, parent, role, content, complete, _json(metadata), now),
+        )
+        message_id = cursor.lastrowid
+        assert message_id is not None
+        _index(connection, message_id, content)
+        connection.execute(
+            "UPDATE sessions SET head = ?, updated = ?, title = iif(title = '' AND ? = 'user', ?, title) WHERE id = ?",
+            (message_id, now, role, _title(content), self.id),
+        )
         return StoredMessage(message_id, parent, role, content, complete, metadata, now)
 
 

@@ -192,6 +192,33 @@ def test_kill_9_in_mid_answer_loses_nothing_that_was_shown(tmp_path):
     assert kept.content.startswith(shown)
 
 
+def test_a_session_is_resumed_by_its_whole_title_or_id_and_begun_where_there_is_none(sessions):
+    first = sessions.resume("pets", {"app": "qa"})
+    assert sessions.resume("pets", {}).id == sessions.resume(first.id, {}).id == first.id
+    assert sessions.resume(first.id[:2], {}).id != first.id  # a new title that happens to begin an id
+    assert first.record.setup == {"app": "qa"}
+
+
+def test_messages_are_put_after_the_head_together_or_not_at_all(sessions):
+    session = sessions.new({})
+    session.extend([("user", "What?", {}), ("assistant", "That.", {"sources": ["a.txt"]})])
+    session.extend([("user", "Why?", {}), ("assistant", "Hence.", {})])
+    assert contents(session) == ["What?", "That.", "Why?", "Hence."]
+    assert session.path()[1].metadata == {"sources": ["a.txt"]}
+    with pytest.raises(TypeError):
+        session.extend([("user", "And?", {}), ("assistant", "No.", {"not JSON": object()})])
+    assert contents(session)[-1] == "Hence."
+    sessions.delete(session.id)
+    with pytest.raises(SessionError, match="FOREIGN KEY"):
+        session.extend([("user", "Still here?", {})])
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SessionError, match="cannot be used"):
+        Sessions(tmp_path / "file" / "sessions.sqlite")
+
+
 def test_a_damaged_file_is_a_clear_error(tmp_path):
     file = tmp_path / "sessions.sqlite"
     file.write_bytes(b"no database at all" * 100)

@@ -18,6 +18,7 @@ from calpaca.core.context import ContextPolicy
 from calpaca.core.errors import UsageError
 from calpaca.core.events import ContextReport, Event, Notice, Result, Source, UsageReport
 from calpaca.core.language import language_of
+from calpaca.core.sessions import Session
 from calpaca.documents.retrieval import Search, retrieve
 from calpaca_retrieval_qa.asking import ask, nothing_found
 from calpaca_retrieval_qa.evidence import EvidenceRule, Verdict
@@ -26,7 +27,7 @@ from calpaca_retrieval_qa.options import CiteMode, Strategy
 from calpaca_retrieval_qa.prompts import Prompts, load_prompts
 from calpaca_retrieval_qa.record import AnswerRecord
 from calpaca_retrieval_qa.rewriting import rewrite, stands_alone
-from calpaca_retrieval_qa.session import Session
+from calpaca_retrieval_qa.session import keep, turns_of
 from calpaca_retrieval_qa.strategies import Planner
 
 Turns = Sequence[Mapping[str, str]]
@@ -45,7 +46,7 @@ class RetrievalQA(Runnable[str, Any]):
     becomes of those without room. `cite` is told in `citations`, `strategy` in `strategies`.
 
     `history`, an argument of each of them, are the earlier turns of the conversation (`role` and `content`, oldest first);
-    a `session` keeps its own. A question that refers to them is rewritten by the model with `rewrites`; where that fails,
+    a `session` has its own, and keeps what is asked and answered. A question that refers to them is rewritten by the model with `rewrites`; where that fails,
     it is looked up together with the question before it, and the model is shown the turns.
     """
 
@@ -120,7 +121,7 @@ class RetrievalQA(Runnable[str, Any]):
     def _events(self, question: str, config: RunnableConfig, turns: Turns) -> Iterator[Event]:
         if not question.strip():
             raise UsageError("The question is empty.", "Ask one with --question.")
-        turns = self.session.turns() if self.session is not None else turns
+        turns = turns_of(self.session) if self.session is not None else turns
         record = AnswerRecord(question.strip(), self.model_name, fit_history(self.llm, turns), self.strategy)
         for event in self._work(record, config):
             if isinstance(event, Notice):
@@ -128,8 +129,7 @@ class RetrievalQA(Runnable[str, Any]):
             yield event
         value = record.value()
         if self.session is not None:
-            kept = {name: value.get(name) for name in ("searched", "citations", "supported")}
-            self.session.append(question=record.question, answer=value["answer"], **kept)
+            keep(self.session, record.question, value)
         yield UsageReport(record.usage)
         if record.context is not None:
             yield ContextReport(record.context)

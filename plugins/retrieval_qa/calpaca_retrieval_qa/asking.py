@@ -132,7 +132,4 @@ def _counted(count: int, noun: str) -> str:
 
 def place(passage: Source) -> str:
     """Where a passage stands, for people."""
-    page = f", page {passage.page}" if passage.page is not None else ""
-    within = f", {passage.metadata['heading']}" if passage.metadata.get("heading") else ""
-    lines = f", lines {passage.start}-{passage.end}" if passage.start is not None else within
-    return f"{passage.source or 'a passage'}{page}{lines}"
+    return ", ".join(filter(None, (passage.source or "a passage", passage.place)))

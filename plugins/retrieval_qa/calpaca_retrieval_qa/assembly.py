@@ -8,12 +8,12 @@ from functools import partial
 from calpaca.core.events import Event
 from calpaca.core.jobs import Job
 from calpaca.core.runtime import Runtime
+from calpaca.core.sessions import Session
 from calpaca.documents.index import DocumentIndex
 from calpaca_retrieval_qa.answerer import RetrievalQA
 from calpaca_retrieval_qa.calibration import rule_for
 from calpaca_retrieval_qa.indexing import start_job
 from calpaca_retrieval_qa.options import RetrievalQAOptions
-from calpaca_retrieval_qa.session import Session
 
 
 def build_answerer(options: RetrievalQAOptions, runtime: Runtime) -> tuple[RetrievalQA, DocumentIndex]:
@@ -35,13 +35,21 @@ def build_answerer(options: RetrievalQAOptions, runtime: Runtime) -> tuple[Retri
         prompt_file=options.prompt_file,
         evidence=rule_for(index.embedder, options.chunk_size),
         prepare=partial(_sync_once, index, partial(start_job, options, runtime), []),
-        session=Session(options.session) if options.session is not None else None,
+        session=_session(options, runtime),
         rewrites=options.rewrite,
         max_new_tokens=sampling.max_new_tokens,
         model_name=model.name,
         languages=languages_of(model.name),
     )
     return qa, index
+
+
+def _session(options: RetrievalQAOptions, runtime: Runtime) -> Session | None:
+    """The conversation that is named; a new one remembers the options that it was begun with."""
+    if options.session is None:
+        return None
+    begun = {name: value for name, value in options.parameters().items() if name not in ("session", "question")}
+    return runtime.sessions.resume(options.session, {"app": "retrieval_qa", "options": begun})
 
 
 def _sync_once(index: DocumentIndex, start: partial[Job], done: list[bool]) -> Iterator[Event]:

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from calpaca.core.errors import SessionError, UsageError
+from calpaca.core.sessions import Sessions
 from calpaca.testing import fake_runtime
 from calpaca_retrieval_qa.app import build
 from calpaca_retrieval_qa.options import RetrievalQAOptions
 from calpaca_retrieval_qa.rewriting import fault, stands_alone
-from calpaca_retrieval_qa.session import Session
 
 
 @pytest.mark.parametrize(
@@ -106,10 +105,12 @@ def test_a_session_goes_on_where_it_ended(document) -> None:
     again, engine = answerer(document, session="pets")
     again.invoke("And the cat?")
     assert "What does the ant like?" in engine.prompts[0]
-    records = Session("pets").records()
-    assert [record["question"] for record in records] == ["What does the ant like?", "And the cat?"]
-    assert records[1]["searched"] == "What does the cat like?"
-    assert [turn["role"] for turn in Session("pets").turns()] == ["user", "assistant"] * 2
+    path = again.session.path()
+    assert [message.role for message in path] == ["user", "assistant"] * 2
+    assert [message.content for message in path[::2]] == ["What does the ant like?", "And the cat?"]
+    assert path[3].metadata["searched"] == "What does the cat like?"
+    assert path[3].metadata["citations"][0]["source"] == str(document)
+    assert again.session.record.setup["options"]["files"] == [str(document)]
     other, engine = answerer(document, session="other")
     other.invoke("And the cat?")
     assert len(engine.prompts) == 1
@@ -122,66 +123,64 @@ def test_no_rewriting_is_asked_for_when_it_is_not_wanted(document) -> None:
     assert not any("Rewritten:" in prompt for prompt in engine.prompts)
 
 
-# The file -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 101, "a\n"])
-def test_a_name_that_is_no_file_name_is_refused(name, tmp_path) -> None:
-    with pytest.raises(UsageError, match="is no name for a session"):
-        Session(name, tmp_path)
-
-
-def test_a_line_that_was_cut_off_is_no_turn_and_the_next_one_takes_its_place(tmp_path) -> None:
-    session = Session("s", tmp_path)
-    session.append(question="What?", answer="四")
-    whole = session.path.read_bytes()
-    session.append(question="Why?", answer="五")
-    second = session.path.read_bytes()
-    for end in range(len(whole), len(second)):
-        session.path.write_bytes(second[:end])
-        assert [record["answer"] for record in session.records()] == ["四"]
-        session.append(question="How?", answer="六")
-        assert [record["answer"] for record in session.records()] == ["四", "六"]
-
-
-def test_a_file_that_is_no_session_is_said_and_left_alone(tmp_path) -> None:
-    (tmp_path / "s.jsonl").write_text("my diary\n")
-    with pytest.raises(SessionError, match="my diary"):
-        Session("s", tmp_path).append(question="What?", answer="x")
-    assert (tmp_path / "s.jsonl").read_text() == "my diary\n"
-
-
-def test_a_folder_that_cannot_be_written_is_said(tmp_path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SessionError, match="cannot be used"):
-        Session("s", tmp_path / "file").append(question="What?", answer="x")
+# The store ----------------------------------------------------------------------------------------------------------
+def test_a_conversation_about_documents_is_listed_searched_and_shown_with_its_sources(
+    document, calpaca_program
+) -> None:
+    runtime = fake_runtime(script)
+    ask = [
+        "run",
+        "retrieval_qa",
+        "--file",
+        str(document),
+        "--chunk-size",
+        "10",
+        "--chunk-overlap",
+        "0",
+        "--session",
+        "宠物",
+    ]
+    assert calpaca_program(*ask, "--question", "What does the cat like?", runtime=runtime).code == 0
+    (listed,) = calpaca_program("sessions", "list", "--json", runtime=runtime).json
+    assert (listed["title"], listed["with"], listed["messages"]) == ("宠物", "retrieval_qa", 2)
+    (found,) = calpaca_program("sessions", "search", "dish", "--json", runtime=runtime).json
+    assert found["metadata"]["citations"][0]["quote"] == "The cat of this house likes dish 2."
+    shown = calpaca_program("sessions", "show", "宠物", runtime=runtime).out
+    assert "It likes dish 2. [1]\n\n1. " in shown
+    assert shown.rstrip().endswith("animals.txt, line 5")
+    assert calpaca_program("sessions", "remove", "宠物", runtime=runtime).code == 0
+    assert calpaca_program("sessions", "list", runtime=runtime).out == ""
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from calpaca_retrieval_qa.session import Session
-session = Session("s", Path(sys.argv[1]))
+from calpaca.core.sessions import Sessions
+from calpaca_retrieval_qa.session import keep
+session = Sessions(Path(sys.argv[1])).find("s")
 print("ready", flush=True)
 for number in range(100_000):
-    session.append(question=f"{sys.argv[2]}{number}", answer="x" * 200)
+    keep(session, f"{sys.argv[2]}{number}", {"answer": "x" * 200, "sources": []})
     print(number, flush=True)
 """
 
 
-def test_a_kill_loses_no_turn_that_was_finished_and_two_writers_do_not_mix(tmp_path) -> None:
-    pick = random.Random(5)
-    for _ in range(3):
-        writers = [
-            subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name], stdout=subprocess.PIPE, text=True)
-            for name in "ab"
-        ]
-        for writer in writers:
-            assert writer.stdout is not None
-            assert writer.stdout.readline() == "ready\n"
-        time.sleep(pick.uniform(0.02, 0.2))
-        printed = {}
-        for writer, name in zip(writers, "ab", strict=True):
-            os.kill(writer.pid, signal.SIGKILL)
-            printed[name] = [int(line) for line in writer.communicate()[0].split() if line.isdigit()]
-        asked = [record["question"] for record in Session("s", tmp_path).records()]
-        for name, numbers in printed.items():
-            assert {f"{name}{number}" for number in numbers[:-1]} <= set(asked)
+def test_a_kill_loses_no_turn_that_was_finished_and_leaves_no_half_one(tmp_path) -> None:
+    sessions, pick = Sessions(tmp_path / "s.sqlite"), random.Random(5)
+    session = sessions.resume("s", {})
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(sessions.path), name], stdout=subprocess.PIPE, text=True)
+        for name in "ab"
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    time.sleep(pick.uniform(0.02, 0.2))
+    for writer in writers:
+        os.kill(writer.pid, signal.SIGKILL)
+    path = session.path()
+    asked = {message.content for message in path if message.role == "user"}
+    for writer, name in zip(writers, "ab", strict=True):
+        numbers = [int(line) for line in writer.communicate()[0].split() if line.isdigit()]
+        assert {f"{name}{number}" for number in numbers[:-1]} <= asked
+    assert [message.role for message in path] == ["user", "assistant"] * (len(path) // 2)
