@@ -22,7 +22,7 @@ _EXCERPT = 100
 def sessions() -> None:
     """List, search, show and remove conversations.
 
-    `calpaca chat --session NAME` goes on with one, `calpaca run retrieval_qa --session NAME` with one about documents.
+    `calpaca chat --session NAME` goes on with one, and an app with the option --session with one of its own.
     """
 
 
