@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,9 @@ _LATEST = 64
 _LONGEST = 2_000
 """Words of a text that are compared."""
 
+Likeness = Callable[[Sequence[str], Sequence[str]], bool]
+"""Whether two texts, cut into words, say the same, beyond sharing most of them."""
+
 _chance = np.random.default_rng(20_180_101)
 _FACTORS = _chance.integers(1, 2**63, _BANDS * _ROWS, dtype=np.uint64) | np.uint64(1)
 _SHIFTS = _chance.integers(0, 2**63, _BANDS * _ROWS, dtype=np.uint64)
@@ -47,12 +50,17 @@ class Match:
 
 
 class NearDuplicates:
-    """Texts by the order in which they were added. Not thread-safe."""
+    """Texts by the order in which they were added. Not thread-safe.
 
-    def __init__(self, threshold: float = THRESHOLD) -> None:
+    `says_the_same` has the last word on texts that reach the threshold; left out, these are near-duplicates.
+    """
+
+    def __init__(self, threshold: float = THRESHOLD, says_the_same: Likeness | None = None) -> None:
         self.threshold = threshold
+        self._says_the_same = says_the_same
         self._words: list[str] = []
         self._letters: dict[str, str] = {}
+        self._vocabulary: list[str] = []
         self._latest: dict[int, int] = {}
         self._earlier: list[array[int]] = []
 
@@ -65,11 +73,13 @@ class NearDuplicates:
         bands = _bands(_shingles(letters))
         match = self._nearest(letters, bands)
         if match is None:
-            number = len(self._words)
-            self._words.append(letters)
-            self._earlier.append(array("i", (self._latest.get(band, -1) for band in bands)))
-            self._latest.update(dict.fromkeys(bands, number))
+            self._keep(letters, bands)
         return match
+
+    def keep(self, text: str) -> None:
+        """Put a text into the pool, whatever it holds."""
+        letters = self._spelt(words(text)[:_LONGEST])
+        self._keep(letters, _bands(_shingles(letters)))
 
     def find(self, text: str) -> Match | None:
         """The text of the pool that this one is most like, if it is alike at all."""
@@ -78,13 +88,29 @@ class NearDuplicates:
 
     def _spelt(self, tokens: Sequence[str]) -> str:
         """The words as one character each, which are compared faster and take less room."""
-        return "".join(self._letters.setdefault(token, chr(0x20 + len(self._letters) % 0x10_0000)) for token in tokens)
+        return "".join(self._letters.get(token) or self._new_letter(token) for token in tokens)
+
+    def _new_letter(self, token: str) -> str:
+        letter = self._letters[token] = chr(0x20 + len(self._vocabulary) % 0x10_0000)
+        self._vocabulary.append(token)
+        return letter
+
+    def _read(self, letters: str) -> list[str]:
+        return [self._vocabulary[ord(letter) - 0x20] for letter in letters]
+
+    def _keep(self, letters: str, bands: Sequence[int]) -> None:
+        number = len(self._words)
+        self._words.append(letters)
+        self._earlier.append(array("i", (self._latest.get(band, -1) for band in bands)))
+        self._latest.update(dict.fromkeys(bands, number))
 
     def _nearest(self, letters: str, bands: Sequence[int]) -> Match | None:
         best: Match | None = None
         for number, _ in self._meeting(bands).most_common(_NEAREST):
             similarity = rouge_l_of_words(letters, self._words[number])
-            if similarity >= self.threshold and (best is None or similarity > best.similarity):
+            if similarity < self.threshold or (best is not None and similarity <= best.similarity):
+                continue
+            if self._says_the_same is None or self._says_the_same(self._read(letters), self._read(self._words[number])):
                 best = Match(number, similarity)
         return best
 

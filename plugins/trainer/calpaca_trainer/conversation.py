@@ -50,12 +50,14 @@ class Alpaca(_Form):
         # Chinese-LLaMA-Alpaca's rule: one line break before an input that is there.
         question = f"{self.instruction}\n{self.input}" if self.input else self.instruction
         turns = [*(self.history or ()), (question, self.output)]
-        system = [_message("system", self.system)] if self.system else []
-        pairs = (pair for user, answer in turns for pair in (_message("user", user), _message("assistant", answer)))
+        system = [message_of("system", self.system)] if self.system else []
+        pairs = (pair for user, answer in turns for pair in (message_of("user", user), message_of("assistant", answer)))
         return Conversation((*system, *pairs))
 
 
-class _Said(BaseModel):
+class Said(BaseModel):
+    """A turn of ShareGPT's."""
+
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     speaker: Literal["human", "user", "gpt", "assistant", "system", "tool", "observation", "function_call"] = Field(
@@ -67,28 +69,31 @@ class _Said(BaseModel):
 class ShareGPT(_Form):
     """`conversations` of `from` and `value`."""
 
-    conversations: list[_Said]
+    conversations: list[Said]
     system: str | None = None
     tools: tuple[dict[str, Any], ...] = ()
 
     _read_tools = field_validator("tools", mode="before")(_tools)
 
     def conversation(self) -> Conversation:
-        system = [_message("system", self.system)] if self.system else []
-        return Conversation((*system, *map(_sharegpt_message, self.conversations)), self.tools)
+        system = [message_of("system", self.system)] if self.system else []
+        return Conversation((*system, *map(said_message, self.conversations)), self.tools)
 
 
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
-def _sharegpt_message(said: _Said) -> Message:
+def said_message(said: Said) -> Message:
+    """ShareGPT's turn as a message. Raises ValueError for a function call that is no JSON."""
     if said.speaker == "function_call":
         call = {"type": "function", "function": json.loads(said.value)}
         return {"role": "assistant", "content": "", "tool_calls": [call]}
-    return _message(_ROLES.get(said.speaker, said.speaker), said.value)
+    return message_of(_ROLES.get(said.speaker, said.speaker), said.value)
 
 
-class _OpenAIMessage(BaseModel):
+class OpenAIMessage(BaseModel):
+    """A message of OpenAI's, of text alone."""
+
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -100,14 +105,14 @@ class _OpenAIMessage(BaseModel):
         if any(part.get("type") != "text" for part in parts):
             raise ValueError("a message holds something else than text")
         role = "system" if self.role == "developer" else self.role
-        message = _message(role, "".join(str(part["text"]) for part in parts))
+        message = message_of(role, "".join(str(part["text"]) for part in parts))
         return {**message, "tool_calls": self.tool_calls} if self.tool_calls else message
 
 
 class OpenAIMessages(_Form):
     """`messages` of `role` and `content`."""
 
-    messages: list[_OpenAIMessage]
+    messages: list[OpenAIMessage]
     tools: tuple[dict[str, Any], ...] = ()
 
     _read_tools = field_validator("tools", mode="before")(_tools)
@@ -119,15 +124,16 @@ class OpenAIMessages(_Form):
 class PromptCompletion(_Form):
     """`prompt` and `completion`: two texts, or two lists of messages."""
 
-    prompt: str | list[_OpenAIMessage] = Field(min_length=1)
-    completion: str | list[_OpenAIMessage] = Field(min_length=1)
+    prompt: str | list[OpenAIMessage] = Field(min_length=1)
+    completion: str | list[OpenAIMessage] = Field(min_length=1)
 
     def conversation(self) -> Conversation:
-        return Conversation((*_messages("user", self.prompt), *_messages("assistant", self.completion)))
+        return Conversation((*messages_of("user", self.prompt), *messages_of("assistant", self.completion)))
 
 
-def _messages(role: str, value: str | list[_OpenAIMessage]) -> list[Message]:
-    return [_message(role, value)] if isinstance(value, str) else [each.message() for each in value]
+def messages_of(role: str, value: str | list[OpenAIMessage]) -> list[Message]:
+    """A text as one message of the role, or messages as they are."""
+    return [message_of(role, value)] if isinstance(value, str) else [each.message() for each in value]
 
 
 FORMS: Sequence[tuple[str, frozenset[str], type[_Form]]] = (
@@ -151,14 +157,14 @@ def read_conversation(row: Row) -> Conversation | Fault:
     """The conversation in a row, or what is wrong with it."""
     form = next((model for _, columns, model in FORMS if columns <= row.values.keys()), None)
     if form is None:
-        return _fault(row, f"its columns ({_named(row.values)}) are those of no known form: {_known()}")
+        return fault_in(row, f"its columns ({_named(row.values)}) are those of no known form: {_known()}")
     try:
         conversation = form.model_validate(dict(row.values)).conversation()
     except ValidationError as error:
         first = error.errors()[0]
-        return _fault(row, f"{'.'.join(map(str, first['loc'])) or 'row'}: {first['msg']}")
+        return fault_in(row, f"{'.'.join(map(str, first['loc'])) or 'row'}: {first['msg']}")
     except (ValueError, KeyError, TypeError) as error:
-        return _fault(row, f"{error}")
+        return fault_in(row, f"{error}")
     return _to_last_answer(row, conversation)
 
 
@@ -166,8 +172,8 @@ def read_text(row: Row) -> str | Fault:
     """The text in a row, or what is wrong with it."""
     text = row.values.get("text")
     if not isinstance(text, str):
-        return _fault(row, f"there is no column 'text' with a text, but {_named(row.values)}")
-    return text if text.strip() else _fault(row, "the text is empty")
+        return fault_in(row, f"there is no column 'text' with a text, but {_named(row.values)}")
+    return text if text.strip() else fault_in(row, "the text is empty")
 
 
 def _to_last_answer(row: Row, conversation: Conversation) -> Conversation | Fault:
@@ -176,21 +182,23 @@ def _to_last_answer(row: Row, conversation: Conversation) -> Conversation | Faul
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:
-        return _fault(row, "no assistant answers in it")
+        return fault_in(row, "no assistant answers in it")
     first = next(message for message in messages if message["role"] != "system")
     if first["role"] == "assistant":
-        return _fault(row, "it begins with an answer")
+        return fault_in(row, "it begins with an answer")
     for message in messages:
         if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
-            return _fault(row, "an answer is empty")
+            return fault_in(row, "an answer is empty")
     return Conversation(tuple(messages), conversation.tools)
 
 
-def _message(role: str, content: str | None) -> Message:
+def message_of(role: str, content: str | None) -> Message:
+    """A message of text."""
     return {"role": role, "content": content or ""}
 
 
-def _fault(row: Row, reason: str) -> Fault:
+def fault_in(row: Row, reason: str) -> Fault:
+    """What is wrong with a row."""
     return Fault(row.file, row.line, reason)
 
 

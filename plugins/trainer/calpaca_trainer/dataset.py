@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("calpaca")
 
-Stage = Literal["sft", "pretrain"]
+Stage = Literal["sft", "pretrain", "dpo"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Dataset:
     @property
     def digest(self) -> str:
         """What the data is, by content and weights."""
-        return step_key("training data", files=list(self.digests), weights=list(self.weights))
+        return data_digest(self.digests, self.weights)
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -129,6 +129,11 @@ class Dataset:
         import numpy as np
 
         return np.concatenate(arrays) if arrays else np.zeros(0)
+
+
+def data_digest(files: Sequence[str], weights: Sequence[float]) -> str:
+    """What data is, by the digests of its files and their weights."""
+    return step_key("training data", files=list(files), weights=list(weights))
 
 
 def load_dataset(sources: Sequence[DataSource], rendering: Rendering) -> Dataset:
