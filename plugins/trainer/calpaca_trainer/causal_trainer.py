@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from calpaca_trainer.batches import Batch
 from calpaca_trainer.collator import IGNORED, Collator, PackedRows
@@ -19,7 +20,9 @@ from calpaca_trainer.dataset import Dataset
 from calpaca_trainer.errors import TrainingError
 from calpaca_trainer.learner import Learner
 from calpaca_trainer.metrics import MetricsWriter
+from calpaca_trainer.processes import Processes
 from calpaca_trainer.saved import Saver, mark_complete, restore
+from calpaca_trainer.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,14 @@ class Plan:
     dataset: Dataset
     batches: Sequence[Batch]
     evaluation: Sequence[Batch]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The processes, and what of the model each of them holds."""
+
+    processes: Processes = field(default_factory=Processes)
+    sharding: Sharding = field(default_factory=Sharding)
 
 
 class CausalTrainer(Trainer):  # type: ignore[misc]
@@ -45,13 +56,31 @@ class CausalTrainer(Trainer):  # type: ignore[misc]
         collator: Collator,
         saver: Saver,
         metrics: MetricsWriter,
+        sharing: Sharing,
         callbacks: Sequence[Any] = (),
     ) -> None:
-        self._plan, self.saver, self.metrics = plan, saver, metrics
+        self._plan, self.saver, self.metrics, self._sharing = plan, saver, metrics, sharing
         measured: Any = PackedRows(plan.dataset, len(plan.dataset)) if plan.evaluation else None
         super().__init__(
             learner.model, args, data_collator=collator, eval_dataset=measured, callbacks=[metrics, *callbacks]
         )
+        self._is_adapter = learner.is_adapter
+        self.is_distributed_loading_by_transformers = sharing.sharding.in_place
+
+    # Processes -------------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        self._sharing.sharding.shard(self.model)
+        return super().create_optimizer(model)
+
+    def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
+        prepared = super()._prepare_for_training(*arguments, **options)
+        self._sharing.sharding.check(self.model_wrapped)
+        return prepared
+
+    def weights(self) -> Mapping[str, torch.Tensor] | None:
+        """What is saved, as whole tensors, in the first process; all of them call it."""
+        return self._sharing.sharding.weights(self.model, trained=self._is_adapter)
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -77,7 +106,7 @@ class CausalTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         numbers = inputs.pop("numbers")
         if self.model.training:
-            self.metrics.tokens += int(inputs["input_ids"].numel()) * self.args.world_size
+            self.metrics.count(inputs["input_ids"].numel())
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not torch.isfinite(loss[0] if return_outputs else loss):
             raise self._not_finite(inputs, numbers)
@@ -85,9 +114,11 @@ class CausalTrainer(Trainer):  # type: ignore[misc]
 
     def _not_finite(self, inputs: dict[str, Any], numbers: list[list[int]]) -> TrainingError:
         """The error that names the rows whose own loss is not finite."""
-        with torch.no_grad():
-            losses = [float(self._row_loss(inputs, at)) for at in range(len(numbers))]
-        guilty = [row for row, loss in zip(numbers, losses, strict=True) if not math.isfinite(loss)] or numbers
+        guilty = numbers
+        if not self._sharing.sharding.collective:  # the others would wait for a pass that only this process makes
+            with torch.no_grad():
+                losses = [float(self._row_loss(inputs, at)) for at in range(len(numbers))]
+            guilty = [row for row, loss in zip(numbers, losses, strict=True) if not math.isfinite(loss)] or numbers
         places = ", ".join(self._plan.dataset.place(number) for row in guilty for number in row)
         return TrainingError(
             f"The loss is no longer a number in step {self.state.global_step + 1}, at {places}.",
@@ -110,25 +141,46 @@ class CausalTrainer(Trainer):  # type: ignore[misc]
 
     def _sums(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed loss, and how many tokens it is over."""
-        own = self._plan.evaluation[self.args.process_index :: self.args.world_size]
+        own = list(self._plan.evaluation[self.args.process_index :: self.args.world_size])
+        passes = math.ceil(len(self._plan.evaluation) / self.args.world_size)
+        spare = self._plan.evaluation[: passes - len(own)]  # all make as many passes; these do not count
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            for batch in self._loader(own):
+            for number, batch in enumerate(self._loader([*own, *spare])):
                 inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != "numbers"})
                 count = (inputs["labels"][:, 1:] != IGNORED).sum()
                 with self.accelerator.autocast():
-                    sums += torch.stack([self.model(**inputs).loss.double() * count, count.double()])
+                    loss = self.model(**inputs).loss
+                if number < len(own):
+                    sums += torch.stack([loss.double() * count, count.double()])
         self.model.train(training)
         sums = self.accelerator.reduce(sums)
         return sums[0], sums[1]
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
-            self.saver.save(Path(output_dir or self.args.output_dir), state_dict)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what was learnt; all processes call it. What the Trainer does not ask for itself is final."""
+        weights, folder = self.weights(), Path(output_dir or self.args.output_dir)
+        self._sharing.processes.agree(lambda: self.saver.save(folder, weights, final=not _internal_call))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        folder, sharding = Path(output_dir), self._sharing.sharding
+        if not sharding.save_optimizer(self.model, self.optimizer, folder / OPTIMIZER_NAME):
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder, sharding = Path(checkpoint), self._sharing.sharding
+        if not sharding.load_optimizer(self.model, self.optimizer, folder / OPTIMIZER_NAME):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

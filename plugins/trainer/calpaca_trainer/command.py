@@ -11,9 +11,11 @@ _COMMANDS = {
     "data": ("calpaca_trainer.commands.data:data", "Check training data."),
     "sft": ("calpaca_trainer.commands.run:sft", "Fine-tune on conversations and instructions."),
     "pretrain": ("calpaca_trainer.commands.run:pretrain", "Go on with pre-training, on plain texts."),
+    "dpo": ("calpaca_trainer.commands.run:dpo", "Learn from preferred answers (DPO, KTO)."),
+    "gate": ("calpaca_trainer.commands.gate:gate", "Compare with and without an adapter, and name it if it wins."),
 }
 
 
 @click.group(cls=LazyGroup, commands_by_path=_COMMANDS)
 def train() -> None:
-    """Fine-tunes and pre-trains models, with adapters or in full."""
+    """Fine-tunes and pre-trains models, with adapters or in full, and judges what came of it."""

@@ -39,8 +39,19 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / FILE
-        self._began = time.monotonic()
-        self.tokens = 0
+        last = (read_metrics(folder) or [{}])[-1]  # of the part of the run that was done before
+        self._began = time.monotonic() - last.get("seconds", 0.0)
+        self.tokens = last.get("tokens", 0)
+        self._new = 0
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without what lay between its parts."""
+        return time.monotonic() - self._began
+
+    def count(self, tokens: int) -> None:
+        """Note tokens that this process has trained on."""
+        self._new += tokens
 
     def on_log(
         self,
@@ -51,15 +62,32 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         values = {name: value for name, value in (logs or {}).items() if name in _KEPT}
-        if not values or not state.is_world_process_zero:
+        if not values:
             return
-        seconds = round(time.monotonic() - self._began, 3)
+        self.tokens += _sum_over_processes(self._new)
+        self._new = 0
+        if not state.is_world_process_zero:
+            return
+        seconds = round(self.seconds, 3)
         record = {"step": state.global_step, **values, "tokens": self.tokens, "seconds": seconds}
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
-_KEPT = {"loss", "grad_norm", "learning_rate", "eval_loss", "eval_perplexity"}
+def _sum_over_processes(count: int) -> int:
+    from torch import distributed, tensor
+
+    if not distributed.is_available() or not distributed.is_initialized():
+        return count
+    total = tensor(count)
+    distributed.all_reduce(total)
+    return int(total)
+
+
+_REWARDS = ("rewards/accuracies", "rewards/margins")  # of preferences: how often, and by how much, the better is better
+_KEPT = {
+    "loss", "grad_norm", "learning_rate", "eval_loss", "eval_perplexity", *_REWARDS, *(f"eval_{name}" for name in _REWARDS),
+}  # fmt: skip
 
 
 class Patience(TrainerCallback, ExportableState):  # type: ignore[misc]

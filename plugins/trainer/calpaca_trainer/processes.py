@@ -1,18 +1,23 @@
-"""The processes of one run: torchrun starts several, each with a share of every step's rows."""
+"""The processes of one run: each has a share of every step's rows."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 from calpaca.core.errors import CalpacaError, UnsupportedError
+from calpaca_trainer.errors import TrainingError
 
 T = TypeVar("T")
 
-_LAUNCHERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+_LAUNCHERS = {"ACCELERATE_USE_FSDP": ("FSDP", "--fsdp"), "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "--deepspeed")}
 """Variables that `accelerate launch` sets; with them Accelerate would wrap the model, or on a CPU silently not."""
+_PATIENCE = timedelta(hours=6)  # the others wait while the first turns rows into tokens
+_GONE = ("closed by peer", "Connection reset", "Broken pipe", "NCCL error")
 
 
 @dataclass(frozen=True)
@@ -27,23 +32,38 @@ class Processes:
         return self.rank == 0
 
     def join(self) -> None:
-        """Meet the others. Raises UnsupportedError where more than data is to be shared out."""
-        for variable, name in _LAUNCHERS.items():
+        """Meet the others. Raises UnsupportedError where `accelerate launch` asks for what it would not do."""
+        for variable, (name, flag) in _LAUNCHERS.items():
             if os.environ.get(variable, "").lower() in {"1", "true"}:
                 raise UnsupportedError(
-                    f"{name} is asked for ({variable}), which this version cannot do: it would train with DDP instead.",
-                    "Start it with torchrun, without accelerate's configuration.",
+                    f"{name} is asked for by accelerate's configuration ({variable}), which would train with DDP instead.",
+                    f"Start it with torchrun and give {flag}.",
                 )
         if self.count > 1:
-            from torch import distributed
+            import torch
 
-            if not distributed.is_initialized():
-                distributed.init_process_group("cpu:gloo,cuda:nccl" if _has_cuda() else "gloo")
+            has_cuda = torch.cuda.is_available()
+            if has_cuda:
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            if not torch.distributed.is_initialized():
+                torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=_PATIENCE)
 
     def agree(self, decide: Callable[[], T]) -> T:
-        """What the first process decides, in all of them; its error, too."""
+        """What the first process decides, in all of them. Its error ends them all; it alone says why."""
         if self.count == 1:
             return decide()
+        answer, refusal = self._hear_first(decide)
+        if refusal is not None:
+            raise refusal if self.is_first else SystemExit(refusal.exit_code)
+        return answer  # type: ignore[return-value]
+
+    def in_turn(self, act: Callable[[], T]) -> T:
+        """What each does for itself, the first before the others, which then find what it put in the cache."""
+        made: list[T] = []
+        self.agree(lambda: made.append(act()))
+        return made[0] if made else act()
+
+    def _hear_first(self, decide: Callable[[], T]) -> tuple[T | None, CalpacaError | None]:
         from torch import distributed
 
         said: list[tuple[T | None, CalpacaError | None]] = [(None, None)]
@@ -52,19 +72,24 @@ class Processes:
                 said = [(decide(), None)]
             except CalpacaError as error:
                 said = [(None, error)]
-        distributed.broadcast_object_list(said, src=0)
-        answer, refusal = said[0]
-        if refusal is not None:
-            raise refusal
-        return answer  # type: ignore[return-value]
+        with self.noticing():
+            distributed.broadcast_object_list(said, src=0)
+        return said[0]
+
+    @contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Say in words that another process is gone. Raises TrainingError for it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not any(sign in str(error) for sign in _GONE):
+                raise
+            raise TrainingError(
+                f"Process {self.rank} of {self.count} lost another process of the run.",
+                "What ended that one stands above. The same command goes on after the last checkpoint.",
+            ) from error
 
 
 def find_processes() -> Processes:
     """What torchrun says; one process without it."""
     return Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

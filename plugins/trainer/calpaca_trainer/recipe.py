@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -100,6 +100,20 @@ class OptimisationOptions(BaseModel):
     seed: int = Field(0, ge=0, description="Decides order, noise and the adapter's first values.")
 
 
+class ProcessOptions(BaseModel):
+    """How many processes train, and what they share out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    processes: int | None = Field(
+        None, ge=1, description="Processes to train in on this machine; torchrun starts them on several."
+    )
+    deepspeed: str | None = Field(
+        None, description="Share out with DeepSpeed: zero2, zero3, or a JSON file of its options."
+    )
+    fsdp: bool = Field(False, description="Share out parameters, gradients and optimiser with FSDP2.")
+
+
 class RecordOptions(BaseModel):
     """What is measured, kept and shown."""
 
@@ -119,11 +133,26 @@ class RecordOptions(BaseModel):
     )
 
 
+class PreferenceOptions(BaseModel):
+    """What is learnt from preferences, and how strongly."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    loss: Literal["dpo", "kto"] = Field(
+        "dpo", description="dpo learns from pairs of answers; kto from answers that are good or bad each."
+    )
+    beta: float = Field(0.1, gt=0, description="How dear it is to move away from what the model was.")
+    good_weight: float = Field(1.0, gt=0, description="With --loss kto: how much good answers count.")
+    bad_weight: float = Field(1.0, gt=0, description="With --loss kto: how much bad answers count.")
+
+
 HEADINGS: Mapping[str, type[BaseModel]] = {
+    "Preference options": PreferenceOptions,
     "Data options": DataOptions,
     "Model options": SubjectOptions,
     "Method options": MethodOptions,
     "Optimisation options": OptimisationOptions,
+    "Process options": ProcessOptions,
     "Record options": RecordOptions,
 }
 """What the flags are listed under."""
@@ -133,7 +162,7 @@ class CheckOptions(DataOptions, SubjectOptions):
     """What decides how data becomes tokens."""
 
 
-class Recipe(DataOptions, SubjectOptions, MethodOptions, OptimisationOptions, RecordOptions):
+class Recipe(DataOptions, SubjectOptions, MethodOptions, OptimisationOptions, ProcessOptions, RecordOptions):
     """Everything that decides a run."""
 
     @model_validator(mode="after")
@@ -151,6 +180,10 @@ class Recipe(DataOptions, SubjectOptions, MethodOptions, OptimisationOptions, Re
             raise ValueError("'pissa' goes with none of 'dora', 'rslora', 'quantization' and 'weight_decay'")
         if self.patience is not None and self.eval_every is None:
             raise ValueError("'patience' needs 'eval_every'")
+        if self.fsdp and self.deepspeed:
+            raise ValueError("'fsdp' and 'deepspeed' are two ways of the same")
+        if (self.fsdp or self.deepspeed) and (self.compile or self.quantization):
+            raise ValueError("'compile' and 'quantization' go with neither 'fsdp' nor 'deepspeed'")
         return self
 
     @property
@@ -159,14 +192,40 @@ class Recipe(DataOptions, SubjectOptions, MethodOptions, OptimisationOptions, Re
         return self.learning_rate or (2e-4 if self.method == "lora" else 2e-5)
 
 
-def read_recipe(file: Path | None, typed: Mapping[str, Any], command: str) -> Recipe:
+class PreferenceRecipe(Recipe, PreferenceOptions):
+    """Everything that decides a run on preferences."""
+
+    @model_validator(mode="after")
+    def _agree_on_preferences(self) -> PreferenceRecipe:
+        """Raises ValueError for what this training does not do."""
+        if self.method == "full":
+            raise ValueError("preferences are learnt by an adapter: the model without it is what it is measured by")
+        for name in ("packing", "compile", "deepspeed", "fsdp"):
+            if getattr(self, name):
+                raise ValueError(f"'{name}' is for sft and pretrain")
+        if self.loss == "kto" and self.batch_size < 2:
+            raise ValueError("'loss' kto needs a 'batch_size' of at least 2: a batch's rows are compared")
+        if self.loss == "dpo" and (self.good_weight, self.bad_weight) != (1.0, 1.0):
+            raise ValueError("'good_weight' and 'bad_weight' belong to --loss kto")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate; preferences want a lower one than answers."""
+        return self.learning_rate or 5e-5
+
+
+_R = TypeVar("_R", bound=Recipe)
+
+
+def read_recipe(file: Path | None, typed: Mapping[str, Any], command: str, kind: type[_R] = Recipe) -> _R:  # type: ignore[assignment]
     """A recipe from a file, with what was typed over it. Raises UsageError that names the option."""
     values = _read_file(file) if file is not None else {}
     try:
-        recipe = read_options(Recipe, {**values, **typed}, command)
+        recipe = read_options(kind, {**values, **typed}, command)
     except UsageError as error:
         raise UsageError(error.message, error.hint.replace("calpaca run ", "calpaca ")) from error
-    assert isinstance(recipe, Recipe)
+    assert isinstance(recipe, kind)
     return recipe
 
 

@@ -147,17 +147,17 @@ def _norm(tensor: torch.Tensor) -> float:
     return float(tensor.double().norm())
 
 
-def check_effect(learner: Learner, before: Mapping[str, float]) -> None:
+def check_effect(weights: Mapping[str, torch.Tensor], before: Mapping[str, float]) -> None:
     """Raise TrainingError when training left every weight as it was. `before` are the norms it began with."""
-    if norms(learner) == before:
+    if norms({name: weights[name] for name in before}) == before:
         raise TrainingError(
             "Training changed no weight: the result would be the base.", "Raise --learning-rate or --max-steps."
         )
 
 
-def norms(learner: Learner) -> dict[str, float]:
-    """The norm of every parameter that learns."""
-    return {name: _norm(parameter.detach()) for name, parameter in learner.trained()}
+def norms(weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The norm of every tensor."""
+    return {name: _norm(tensor.detach()) for name, tensor in weights.items()}
 
 
 def write_tokenizer(prompting: Prompting, folder: Path) -> None:
@@ -173,7 +173,8 @@ def write_tokenizer(prompting: Prompting, folder: Path) -> None:
 
 def mark_complete(checkpoint: Path) -> None:
     """Say that a checkpoint is whole: the sizes of all its files, written last."""
-    sizes = {file.name: file.stat().st_size for file in sorted(checkpoint.iterdir()) if file.name != _COMPLETE}
+    files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and file.name != _COMPLETE]
+    sizes = {file.relative_to(checkpoint).as_posix(): file.stat().st_size for file in files}
     part = checkpoint / f".{_COMPLETE}.part"
     part.write_text(json.dumps(sizes, indent=1), "utf-8")
     part.replace(checkpoint / _COMPLETE)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import resource
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,12 @@ from calpaca.core.spec import AdapterSpec, ModelSpec
 from calpaca_trainer.batches import Batch, BatchOptions, plan_batches, plan_evaluation, split
 from calpaca_trainer.dataset import Dataset, DataSource, Stage, load_dataset
 from calpaca_trainer.estimate import MemoryEstimate, estimate_memory
+from calpaca_trainer.preference_data import check_trl, load_preferences
 from calpaca_trainer.processes import Processes, find_processes
 from calpaca_trainer.prompting import Prompting, load_prompting
-from calpaca_trainer.recipe import Recipe
+from calpaca_trainer.recipe import PreferenceRecipe, Recipe
 from calpaca_trainer.run_folder import RunFolder
+from calpaca_trainer.sharding import Sharding, choose_sharding
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("calpaca")
 
+_TOLD_OTHERWISE = {
+    "model", "adapter", "tokenizer", "datasets", "eval_datasets", "processes", "deepspeed", "fsdp",
+}  # fmt: skip
+"""Fields whose content is compared, not their name."""
 _FEW = 50  # examples; with fewer a model learns them by heart
 
 
@@ -57,6 +63,7 @@ class Preparation:
     estimate: MemoryEstimate
     checkpointing: bool
     processes: Processes = field(default_factory=Processes)
+    sharding: Sharding = field(default_factory=Sharding)
 
     @property
     def step_batches(self) -> int:
@@ -72,9 +79,8 @@ class Preparation:
         return {
             "stage": self.stage,
             "processes": self.processes.count,
-            **self.recipe.model_dump(
-                mode="json", exclude={"model", "adapter", "tokenizer", "datasets", "eval_datasets"}
-            ),
+            **self.recipe.model_dump(mode="json", exclude=_TOLD_OTHERWISE),
+            **self.sharding.identity(),
             "base": fingerprint(self.files.weights),
             "adapters": [fingerprint(adapter.path) for adapter in self.files.adapters],
             "data": self.dataset.digest,
@@ -84,16 +90,22 @@ class Preparation:
 
 def prepare(recipe: Recipe, stage: Stage, runtime: Runtime) -> Preparation:
     """Find the model, read and check the data, plan the batches, estimate the memory. Raises CalpacaError."""
+    processes = find_processes()
+    processes.join()
+    return processes.in_turn(lambda: _prepare(recipe, stage, runtime, processes))
+
+
+def _prepare(recipe: Recipe, stage: Stage, runtime: Runtime, processes: Processes) -> Preparation:
     if not recipe.datasets:
         raise UsageError("There is nothing to train on.", "Name a file or folder with --dataset.")
+    sharding = choose_sharding(recipe, processes, _dtype(recipe))
     files, prompting = load_subject(recipe, runtime)
     dataset, members, kept = _load_data(recipe, stage, prompting)
-    processes = find_processes()
     options = BatchOptions(
         recipe.batch_size, recipe.max_length, recipe.accumulation * processes.count, recipe.packing, recipe.seed
     )
     batches = plan_batches(dataset, members, options, epochs=recipe.epochs, max_steps=recipe.max_steps)
-    batches = batches[: max(1, len(batches) // processes.count) * processes.count]
+    batches = _shared(batches, processes.count)
     estimate, checkpointing = _estimate(recipe, files)
     if len(members) < _FEW:
         log.warning(
@@ -101,8 +113,15 @@ def prepare(recipe: Recipe, stage: Stage, runtime: Runtime) -> Preparation:
         )
     return Preparation(
         stage, recipe, files, prompting, dataset, members, kept, batches,
-        plan_evaluation(dataset, kept, options), estimate, checkpointing, processes,
+        plan_evaluation(dataset, kept, options), estimate, checkpointing, processes, sharding,
     )  # fmt: skip
+
+
+def _shared(batches: list[Batch], count: int) -> list[Batch]:
+    """As many batches for each of `count` processes. Raises UsageError where there are fewer than processes."""
+    if len(batches) < count:
+        raise UsageError(f"There are {len(batches)} batches for {count} processes.", "Lower --batch-size.")
+    return batches[: len(batches) // count * count]
 
 
 def load_subject(recipe: Recipe, runtime: Runtime) -> tuple[ModelFiles, Prompting]:
@@ -124,11 +143,11 @@ def _load_data(recipe: Recipe, stage: Stage, prompting: Prompting) -> tuple[Data
     """All examples, the numbers of those to train on, and of those to measure on."""
     import numpy as np
 
-    rendering = prompting.rendering(recipe, stage)
-    dataset = load_dataset(recipe.sources, rendering)
+    load = _reader(recipe, stage, prompting)
+    dataset = load(recipe.sources)
     members, kept = split(dataset, recipe.eval_share, recipe.seed)
     if recipe.eval_datasets:
-        measured = load_dataset([DataSource.parse(text) for text in recipe.eval_datasets], rendering)
+        measured = load([DataSource.parse(text) for text in recipe.eval_datasets])
         kept = np.concatenate([kept, np.arange(len(dataset), len(dataset) + len(measured))])
         dataset = dataset + measured
     if dataset.faults and find_processes().is_first:
@@ -139,19 +158,35 @@ def _load_data(recipe: Recipe, stage: Stage, prompting: Prompting) -> tuple[Data
     return dataset, members, kept
 
 
+def _reader(recipe: Recipe, stage: Stage, prompting: Prompting) -> Callable[[Sequence[DataSource]], Any]:
+    """What reads and renders data for the stage."""
+    if isinstance(recipe, PreferenceRecipe):
+        check_trl()
+        last = prompting.rendering(recipe.model_copy(update={"loss_on": "last"}), "sft").renderer
+        return partial(load_preferences, renderer=last, loss=recipe.loss)
+    return partial(load_dataset, rendering=prompting.rendering(recipe, stage))
+
+
 def _estimate(recipe: Recipe, files: ModelFiles) -> tuple[MemoryEstimate, bool]:
     """The memory that is needed, and whether activations are to be computed twice to save some."""
     from calpaca.core.merge.base_model import read_base
-    from calpaca_trainer.learner import choose_training_dtype
 
     base = read_base(files.weights)
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
-    width = 2 if choose_training_dtype(recipe, recipe.device) == "bfloat16" else 4
+    width = 2 if _dtype(recipe) == "bfloat16" else 4
     estimate = estimate_memory(recipe, shapes, base.text_config, width)
     if recipe.checkpointing != "auto":
         return estimate, recipe.checkpointing == "on"
     room = _room(recipe.device)
     return estimate, room is not None and estimate.total(checkpointing=False) > room
+
+
+def _dtype(recipe: Recipe) -> str:
+    """What is computed in."""
+    from calpaca.core.weights import choose_device
+    from calpaca_trainer.learner import choose_training_dtype
+
+    return choose_training_dtype(recipe, choose_device(recipe.device))
 
 
 def _room(device: str) -> int | None:
@@ -173,7 +208,6 @@ def train(preparation: Preparation, output: Path, runtime: Runtime, command: Map
 
     keep_memory()
     folder, processes = RunFolder(output), preparation.processes
-    processes.join()
     with ExitStack() as held:
         if processes.is_first:
             held.enter_context(exclusive(output))
@@ -184,7 +218,8 @@ def train(preparation: Preparation, output: Path, runtime: Runtime, command: Map
             else None
         )
         held.enter_context(job or nullcontext())
-        return _Run(preparation, folder, job).carry_out(goes_on=goes_on)
+        with processes.noticing():
+            return _Run(preparation, folder, job).carry_out(goes_on=goes_on)
 
 
 class _Run:
@@ -197,6 +232,7 @@ class _Run:
         self._preparation, self._folder, self._job = preparation, folder, job
         self._processes = preparation.processes
         self._learner: Learner = load_learner(preparation.recipe, preparation.files, preparation.prompting)
+        self._trained_parameters = sum(parameter.numel() for _, parameter in self._learner.trained())
         members = preparation.kept if len(preparation.kept) else preparation.members
         self._prompts: list[SamplePrompt] = choose_prompts(
             preparation.dataset, members.tolist(), preparation.recipe.samples
@@ -206,7 +242,7 @@ class _Run:
         from calpaca_trainer.metrics import forget_metrics_after
         from calpaca_trainer.saved import check_effect, last_checkpoint, norms
 
-        began, before = time.monotonic(), norms(self._learner)
+        before = norms(dict(self._learner.trained()))
         checkpoint = self._processes.agree(lambda: last_checkpoint(self._folder.path) if goes_on else None)
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else -1
         if self._processes.is_first:
@@ -217,13 +253,14 @@ class _Run:
         else:
             log.info("Going on after step %d of %d.", step, self._preparation.steps)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        check_effect(self._learner, before)
-        return self._finish(trainer, time.monotonic() - began)
+        weights = trainer.weights()
+        self._processes.agree(lambda: check_effect(weights or {}, before))
+        return self._finish(trainer)
 
     def _trainer(self) -> CausalTrainer:
         from transformers import PrinterCallback
 
-        from calpaca_trainer.causal_trainer import CausalTrainer, Plan
+        from calpaca_trainer.causal_trainer import CausalTrainer, Plan, Sharing
         from calpaca_trainer.collator import Collator
         from calpaca_trainer.metrics import MetricsWriter, Patience
         from calpaca_trainer.progress import Progress
@@ -231,13 +268,21 @@ class _Run:
 
         it, recipe = self._preparation, self._preparation.recipe
         patience = [Patience(recipe.patience)] if recipe.patience is not None else []
-        trainer = CausalTrainer(
+        args, pad_id = training_arguments(it, self._folder.path, self._learner), it.prompting.eos_ids[0]
+        kind: type[CausalTrainer] = CausalTrainer
+        collator: Any = Collator(pad_id, recipe.packing, multiple=64 if recipe.compile else 8)
+        if isinstance(recipe, PreferenceRecipe):
+            from calpaca_trainer.preference_trainer import choose_trainer
+
+            kind, args, collator = choose_trainer(recipe, args, pad_id)
+        trainer = kind(
             self._learner,
-            args=training_arguments(it, self._folder.path, self._learner),
+            args=args,
             plan=Plan(it.dataset, it.batches, it.evaluation),
-            collator=Collator(it.prompting.eos_ids[0], recipe.packing, multiple=64 if recipe.compile else 8),
+            collator=collator,
             saver=Saver(self._learner, recipe.model or it.files.name, self._settings()),
             metrics=MetricsWriter(self._folder.path),
+            sharing=Sharing(self._processes, it.sharding),
             callbacks=[Progress(self._job), *patience],
         )
         trainer.remove_callback(PrinterCallback)
@@ -270,42 +315,52 @@ class _Run:
         ]
         self._folder.write_samples([sample.to_dict() for sample in samples])
 
-    def _finish(self, trainer: CausalTrainer, seconds: float) -> dict[str, Any]:
-        from calpaca_trainer.samples import write_answers
-
+    def _finish(self, trainer: CausalTrainer) -> dict[str, Any]:
         measured = [record["step"] for record in trainer.state.log_history if "eval_loss" in record]
         if self._preparation.evaluation and measured[-1:] != [trainer.state.global_step]:
             trainer.evaluate()
-        if not self._processes.is_first:
-            return {}
-        answers = write_answers(self._learner, self._prompts)
-        samples = [
-            {**sample, "after": answer} for sample, answer in zip(self._folder.read_samples(), answers, strict=True)
-        ]
-        self._folder.write_samples(samples)
-        summary = self._summary(trainer, seconds)
-        self._folder.write_summary(summary)
-        trainer.saver.save(self._folder.path, final=True)
+        answers = self._answers_after(trainer)
+        summary = self._processes.agree(lambda: self._record(trainer, answers))
+        trainer.save_model(str(self._folder.path))
         return summary
 
-    def _summary(self, trainer: CausalTrainer, seconds: float) -> dict[str, Any]:
+    def _answers_after(self, trainer: CausalTrainer) -> list[str]:
+        """What the model writes now, in the first process; where a model is shared out, it takes all of them."""
+        from calpaca_trainer.samples import write_answers
+
+        sharding = self._preparation.sharding
+        if not (self._processes.is_first or sharding.collective):
+            return []
+        with sharding.unsharded(trainer.model):
+            return write_answers(self._learner, self._prompts)
+
+    def _record(self, trainer: CausalTrainer, answers: list[str]) -> dict[str, Any]:
+        """Write down how it went; the summary."""
+        self._folder.write_samples(
+            [{**sample, "after": answer} for sample, answer in zip(self._folder.read_samples(), answers, strict=True)]
+        )
+        summary = self._summary(trainer)
+        self._folder.write_summary(summary)
+        return summary
+
+    def _summary(self, trainer: CausalTrainer) -> dict[str, Any]:
         from calpaca_trainer.metrics import read_metrics
 
         it, recipe = self._preparation, self._preparation.recipe
         records = read_metrics(self._folder.path)
         measured = [record["eval_loss"] for record in records if "eval_loss" in record]
-        tokens = trainer.metrics.tokens
-        trained = sum(parameter.numel() for _, parameter in self._learner.trained())
+        tokens, seconds = trainer.metrics.tokens, trainer.metrics.seconds
         summary = {
             "base": recipe.model or it.files.name,
             "method": "full" if not self._learner.is_adapter else "adapter",
-            "trained_parameters": trained,
+            "trained_parameters": self._trained_parameters,
             "examples": len(it.members),
             "left_out": len(it.dataset.faults),
             "steps": trainer.state.global_step,
             "tokens": tokens,
             "seconds": round(seconds, 1),
             "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "processes": f"{it.processes.count}, {it.sharding.name}" if it.processes.count > 1 else 1,
             "peak_memory": megabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
         }
         if measured:
@@ -334,7 +389,7 @@ def training_arguments(preparation: Preparation, output: Path, learner: Learner)
         use_cpu=learner.device == "cpu",
         ddp_backend="gloo" if learner.device == "cpu" and preparation.processes.count > 1 else None,
         ddp_find_unused_parameters=False if preparation.processes.count > 1 else None,
-        bf16=learner.mixed,
+        bf16=learner.mixed or preparation.sharding.casts,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=recipe.save_every,
@@ -346,4 +401,5 @@ def training_arguments(preparation: Preparation, output: Path, learner: Learner)
         report_to=recipe.report_to or "none",
         disable_tqdm=True,
         restore_callback_states_from_checkpoint=recipe.patience is not None,
+        **preparation.sharding.arguments(),
     )

@@ -1,8 +1,10 @@
-"""`calpaca train sft` and `calpaca train pretrain`."""
+"""`calpaca train sft`, `calpaca train pretrain` and `calpaca train dpo`."""
 
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,8 @@ import click
 from calpaca.cli.run import AppCommand, shared_runtime, was_typed
 from calpaca.core.errors import UsageError
 from calpaca_trainer.commands.options import groups, recipe_flags
-from calpaca_trainer.recipe import Recipe, read_recipe
+from calpaca_trainer.launch import launch, must_launch
+from calpaca_trainer.recipe import PreferenceRecipe, Recipe, read_recipe
 
 if TYPE_CHECKING:
     from calpaca_trainer.dataset import Stage
@@ -20,12 +23,15 @@ if TYPE_CHECKING:
 _OWN = {"recipe", "output", "estimate", "as_json"}
 
 
-def _command(stage: Stage, help: str) -> click.Command:
+def _command(stage: Stage, help: str, kind: type[Recipe] = Recipe) -> click.Command:
     @click.pass_context
-    def callback(ctx: click.Context, /, **values: Any) -> None:
+    def callback(ctx: click.Context, /, **values: Any) -> int:
         typed = {name: value for name, value in values.items() if name not in _OWN and was_typed(ctx, name)}
-        recipe = read_recipe(values["recipe"], typed, f"train {stage}")
+        recipe = read_recipe(values["recipe"], typed, f"train {stage}", kind)
+        if must_launch(recipe.processes):
+            return launch(tuple(ctx.obj or ()), recipe.processes or 1)
         _run(stage, recipe, values["output"], estimate=values["estimate"], as_json=values["as_json"])
+        return 0
 
     return AppCommand(
         stage,
@@ -34,11 +40,11 @@ def _command(stage: Stage, help: str) -> click.Command:
             click.Option(["--output", "-o"], type=click.Path(path_type=Path), help="Folder of the run."),
             click.Option(["--estimate"], is_flag=True, help="Check everything, print the memory it takes, and stop."),
             click.Option(["as_json", "--json"], is_flag=True, help="Print one JSON object."),
-            *recipe_flags(f"train {stage}", Recipe),
+            *recipe_flags(f"train {stage}", kind),
         ],
         callback=callback,
         help=help,
-        groups=groups(Recipe),
+        groups=groups(kind),
     )
 
 
@@ -58,11 +64,18 @@ def _run(stage: Stage, recipe: Recipe, output: Path | None, *, estimate: bool, a
                 json.dumps({"memory": total, "checkpointing": preparation.checkpointing, "steps": preparation.steps})
             )
         return
-    argv = tuple(click.get_current_context().obj or ())
-    summary = train(preparation, output, runtime, {"argv": argv, "cwd": str(Path.cwd())})
+    argv = (*(click.get_current_context().obj or ()), *_processes_of_torchrun(preparation))
+    with redirect_stdout(sys.stderr):  # DeepSpeed tells there what it has compiled
+        summary = train(preparation, output, runtime, {"argv": argv, "cwd": str(Path.cwd())})
     if not preparation.processes.is_first:
         return
     click.echo(json.dumps({"output": str(output), **summary}, ensure_ascii=False, indent=2) if as_json else output)
+
+
+def _processes_of_torchrun(preparation: Preparation) -> tuple[str, ...]:
+    """What `calpaca jobs resume` needs to start as many processes as torchrun did."""
+    it = preparation
+    return ("--processes", str(it.processes.count)) if it.processes.count > 1 and not it.recipe.processes else ()
 
 
 def _show_plan(preparation: Preparation, *, err: bool) -> None:
@@ -95,4 +108,14 @@ pretrain = _command(
     Texts are .txt files, or the column `text` of JSON, JSONL, CSV or Parquet. Each ends with the token that ends a text,
     and all of it is learnt. --packing puts several in a row. Otherwise as `calpaca train sft`.
     """,
+)
+dpo = _command(
+    "dpo",
+    """Learns from preferred answers.
+
+    With --loss dpo rows have a prompt, a chosen and a rejected answer; with --loss kto a prompt, a completion and a label,
+    true for a good one. The model learns to prefer the better answers, and stays near what it was: the adapter's beginning is
+    the reference. Needs TRL: pip install 'calpaca-trainer[preferences]'. Otherwise as `calpaca train sft`.
+    """,
+    PreferenceRecipe,
 )
