@@ -15,6 +15,8 @@ from calpaca.core.errors import UsageError
 from calpaca.plugins.instances import Instance, find_instance, instances
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from calpaca.cli.answer import AnswerPrinter
     from calpaca.core.events import Event
     from calpaca.core.jobs import JobRecord
@@ -132,7 +134,7 @@ def _run(instance: Instance, typed: Mapping[str, Any], *, as_json: bool, verbose
     options = read_options(app.load_options(), {**instance.presets, **typed}, instance.name)
     with answers_only() as out:
         runner = app.build(options, runtime)
-        given = getattr(options, app.input) if app.input else ""
+        given = _given_input(app, options)
         printer = partial(
             AnswerPrinter, out, sys.stderr, answer=app.answer, as_json=as_json,
             indent=2 if given is not None else None, verbose=verbose,
@@ -140,9 +142,21 @@ def _run(instance: Instance, typed: Mapping[str, Any], *, as_json: bool, verbose
         if not hasattr(runner, "stream"):  # a job, or work on an app's answers
             _run_job(runner, printer())
         elif given is not None:
-            printer().show(runner.stream(str(given)))
+            printer().show(runner.stream(given))
         else:
             _converse(app, runner, printer, out if not as_json else None)
+
+
+def _given_input(app: App, options: BaseModel) -> str | None:
+    """The app's input; empty where it takes none or has documents in its place, None where lines are to be asked for."""
+    given = getattr(options, app.input) if app.input else ""
+    if given is not None or app.documents is None:
+        return given if given is None else str(given)
+    if getattr(options, app.documents) or sys.stdin is None or sys.stdin.isatty():
+        return ""
+    from calpaca.core.encoding import decode
+
+    return decode(sys.stdin.buffer.read(), "stdin")[0]
 
 
 def _converse(app: App, runner: Any, printer: Callable[[], AnswerPrinter], out: TextIO | None) -> None:

@@ -56,7 +56,9 @@ class App(Component):
     fields and the JSON schema come from that model. `input` names the option that holds the question or text, `answer`
     the key of the result that holds the answer. `kind` `answer` returns an AnswerRunner, `job` a JobRunner; an `answer`
     app returns a JobRunner too where its options ask for work on its answers, such as measuring them. `effects` says whether it writes anything a person would miss. Only `answer` apps that only read are served as models.
-    `history` says that the runner's `stream` and `invoke` take the earlier turns of a conversation.
+    `history` says that the runner's `stream` and `invoke` take the earlier turns of a conversation. `documents` names the
+    option that may give documents in place of the input, for an app whose input is itself a document: what is piped into
+    such an app is one text, not a question a line.
     """
 
     options: str = ""
@@ -65,6 +67,7 @@ class App(Component):
     input: str | None = None
     answer: str = "answer"
     history: bool = False
+    documents: str | None = None
 
     def load_options(self) -> type[BaseModel]:
         """Import the options model."""

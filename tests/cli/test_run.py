@@ -201,6 +201,15 @@ def test_without_its_input_an_app_answers_the_lines_of_a_pipe_until_a_blank_one(
     assert (result.out, result.err) == ("ONE\n\nTWO\n", "")
 
 
+def test_what_is_piped_into_an_app_of_documents_is_one_text(calpaca, make_plugin, app_source) -> None:
+    source = app_source("shout").replace('input="text"', 'input="text", documents="names"')
+    make_plugin("shouting", source.replace("None = None", "None = None\n    names: list[str] = []"))
+    result = calpaca("run", "shout", stdin="one\n\ntwo 二\n")
+    assert (result.code, result.out.rstrip(), result.err) == (0, "ONE\n\nTWO 二", "")
+    named = calpaca("run", "shout", "--names", "a.txt", stdin="not read")
+    assert (named.code, named.out) == (0, "\n")
+
+
 def test_json_answers_to_a_pipe_are_one_object_a_line(calpaca, shouting) -> None:
     assert calpaca("run", "shout", "--json", stdin="one\ntwo\n").out == '{"answer": "ONE"}\n{"answer": "TWO"}\n'
 

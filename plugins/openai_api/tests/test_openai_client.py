@@ -49,7 +49,7 @@ async def embedder(running):
 
 def test_models_are_listed_and_retrieved(client):
     ids = [model.id for model in client.models.list()]
-    assert ids == [MODEL, "half", EMBEDDING, "app:retrieval_qa", "app:handbook"]
+    assert ids == [MODEL, "half", EMBEDDING, "app:retrieval_qa", "app:summarize", "app:handbook"]
     assert client.models.retrieve(MODEL).owned_by == "calpaca"
     assert client.models.retrieve("app:handbook").id == "app:handbook"
     with pytest.raises(openai.NotFoundError) as error:
@@ -230,6 +230,30 @@ async def test_an_app_answers_with_its_sources(aclient, fits):
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert "Abendroth" in text
     assert len(chunks[-1].model_extra["sources"]) == 1
+
+
+async def test_a_text_is_summed_up_and_the_notices_say_that_all_of_it_was_read(aclient, fits):
+    told = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "The lamp of the tower is lit by Mrs Abendroth at nine. " * 40},
+    ]
+    asked = {"model": "app:summarize", "messages": told, "max_tokens": 24}
+    options = {"strategy": "map_reduce", "chunk_size": 200, "length": "short"}
+    answer = await aclient.chat.completions.create(**asked, extra_body={"options": options})
+    fits("CreateChatCompletionResponse", json.loads(answer.to_json()))
+    assert answer.choices[0].message.content
+    assert any("Coverage 1.0: 2,199 characters in 4 chunks" in notice for notice in answer.model_extra["notices"])
+    assert any("messages before the last question (2)" in notice for notice in answer.model_extra["notices"])
+    assert answer.usage.prompt_tokens > 600  # every chunk was sent
+    stream = await aclient.chat.completions.create(**asked, stream=True, extra_body={"options": options})
+    chunks = [chunk async for chunk in stream]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == answer.choices[0].message.content  # of the last step alone
+    for name, value in {"files": ["/etc/passwd"], "chat_template": "/etc/passwd", "model": "x"}.items():
+        with pytest.raises(openai.PermissionDeniedError) as error:
+            await aclient.chat.completions.create(**asked, extra_body={"options": {name: value}})
+        assert error.value.param == f"options.{name}"
 
 
 async def test_a_follow_up_question_to_an_app_is_read_with_the_turns_before_it(aclient):

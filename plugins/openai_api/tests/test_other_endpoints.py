@@ -174,7 +174,12 @@ async def test_models_are_listed_and_shown(scripted, fits) -> None:
     server = scripted()
     listed = (await server.client.get("/v1/models")).json()
     fits("ListModelsResponse", listed)
-    assert [model["id"] for model in listed["data"]] == ["fake", "multilingual-e5-small", "app:retrieval_qa"]
+    assert [model["id"] for model in listed["data"]] == [
+        "fake",
+        "multilingual-e5-small",
+        "app:retrieval_qa",
+        "app:summarize",
+    ]
     for model in listed["data"]:
         shown = (await server.client.get(f"/v1/models/{model['id']}")).json()
         fits("Model", shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import ssl
@@ -239,3 +240,30 @@ def test_a_running_server_is_asked_instead_of_loading_its_model_again(program, s
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
     assert not list(servers.glob("*.json"))
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_killed_in_mid_stream_ends_that_stream_with_an_error_and_the_server_goes_on(program):
+    pytest.importorskip("xllamacpp", reason="pip install 'calpaca[llama-cpp]'")
+    process, url = program("--engine", "llama_cpp")
+    body = {"messages": LONG, "max_tokens": 400, "temperature": 0}
+    with httpx2.stream("POST", f"{url}/chat/completions", json={**body, "stream": True}, timeout=120) as response:
+        lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
+        for _ in range(5):
+            assert "error" not in json.loads(next(lines))
+        (worker,) = workers(process)
+        os.kill(worker, signal.SIGKILL)
+        *_, error, done = lines
+    assert done == "[DONE]"
+    assert "ended unexpectedly (killed by SIGKILL)" in json.loads(error)["error"]["message"]
+    answer = httpx2.post(f"{url}/chat/completions", json={**body, "max_tokens": 8}, timeout=120)
+    assert answer.json()["usage"]["completion_tokens"] == 8
+    assert "calpaca_requests_running 0.0" in httpx2.get(url.removesuffix("/v1") + "/metrics").text
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """Processes that a program has started and that run an engine."""
+    command = ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True)
+    rows = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
+    return [int(pid) for pid, command in rows if "engines.process" in command]

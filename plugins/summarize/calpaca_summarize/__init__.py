@@ -17,6 +17,8 @@ def register_apps() -> list[App]:
             "calpaca_summarize.app:build",
             extra="torch",
             options="calpaca_summarize.options:SummarizeOptions",
+            input="text",
             answer="summary",
+            documents="files",
         )
     ]

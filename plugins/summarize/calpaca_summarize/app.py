@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from calpaca.core.errors import UsageError
 from calpaca.core.runtime import Runtime
 from calpaca.documents.loaders import find_files
 from calpaca_summarize.options import SummarizeOptions
@@ -15,6 +16,8 @@ def build(options: SummarizeOptions, runtime: Runtime) -> Summarizer:
 
     Raises UsageError for wrong options, DocumentError for a missing document, ModelNotFoundError for an unknown model.
     """
+    if options.files and options.text:
+        raise UsageError("Both --file and --text are given.", "Give one of them; --focus says what to attend to.")
     find_files(options.files, runtime.loaders)
     runtime.check(options.spec())
     options.sampling(runtime.settings)

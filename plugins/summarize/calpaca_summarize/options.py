@@ -21,6 +21,7 @@ class SummarizeOptions(ModelOptions, SamplingOptions):
         [],
         description="Document, or a folder of them: text, Markdown, HTML, PDF, EPUB, Office, tables, JSON, code; repeat for several.",
     )
+    text: str | None = Field(None, description="Text to sum up, in place of documents.")
     strategy: Literal["auto", "stuff", "refine", "map_reduce"] = Field(
         "auto",
         description="stuff: all in one prompt; refine: chunk after chunk, improving the summary; map_reduce: all chunks "

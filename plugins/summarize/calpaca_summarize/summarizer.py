@@ -116,7 +116,7 @@ class Summarizer(Runnable[str, Any]):
 
     # The work ------------------------------------------------------------------------------------------------------
     def _events(self, text: str) -> Iterator[Any]:
-        options, text = self.options, text.strip()
+        options, text = self.options, text.strip() or (self.options.text or "").strip()
         if options.files and text:
             options = options.model_copy(update={"focus": text})
         source = self._source(text)
@@ -145,7 +145,7 @@ class Summarizer(Runnable[str, Any]):
         if self.options.files:
             return read_source(self.options.files, self.runtime.loaders)
         if not text:
-            raise UsageError("No document is named.", "Name a file or folder with --file.")
+            raise UsageError("There is no text to sum up.", "Name a file or folder with --file, or pipe a text in.")
         return Source([SourceText("text", text)])
 
     def _start(self, options: SummarizeOptions) -> Any:

@@ -304,6 +304,19 @@ def test_a_full_disk_is_one_line_and_what_is_done_stays(book) -> None:
     assert result["coverage"] == 1.0
 
 
+# A text in place of documents -------------------------------------------------------------------------------------------
+
+
+def test_a_text_of_the_options_is_summed_up_and_nothing_of_it_is_kept(tmp_path) -> None:
+    app, engine = summarizer(text="The keeper rang twice.")
+    assert value(app)["coverage"] == 1.0
+    assert "Text:\nThe keeper rang twice." in engine.prompts[0]
+    assert value(app, "Another text.")["job"] is None
+    assert "Text:\nAnother text." in engine.prompts[1]
+    with pytest.raises(UsageError, match="Both --file and --text"):
+        summarizer(tmp_path, text="x")
+
+
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
@@ -311,7 +324,7 @@ def test_an_empty_document_and_none_are_said(tmp_path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(DocumentError, match="holds no text"):
         value(summarizer(tmp_path / "empty.txt")[0])
-    with pytest.raises(UsageError, match="No document is named"):
+    with pytest.raises(UsageError, match="There is no text to sum up"):
         value(summarizer()[0])
     with pytest.raises(DocumentError, match="There is no file or folder"):
         summarizer(tmp_path / "missing.txt")

@@ -1,0 +1,25 @@
+"""What every plugin and app must do."""
+
+import pytest
+
+from calpaca.testing import AppContract, PluginContract
+
+
+class TestPlugin(PluginContract):
+    plugin = "summarize"
+
+
+class TestSummariesOfATextThatIsGiven(AppContract):
+    app = "summarize"
+    input = "The keeper rang twice. Nobody came."
+
+
+class TestSummariesOfDocuments(AppContract):
+    app = "summarize"
+    input = ""
+
+    @pytest.fixture
+    def options(self, tmp_path):
+        file = tmp_path / "note.txt"
+        file.write_text("The keeper rang twice. Nobody came.")
+        return {"files": [file]}
