@@ -34,10 +34,8 @@ from calpaca.core.sources import resolve_embedding, resolve_model
 
 
 @pytest.fixture(autouse=True)
-def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_places(calpaca_home: Path) -> None:
     """Jobs and settings of the person who runs the tests are neither read nor touched."""
-    monkeypatch.setenv("CALPACA_DATA", str(tmp_path / "calpaca-data"))
-    monkeypatch.setenv("CALPACA_CONFIG", str(tmp_path / "calpaca-config"))
 
 
 @pytest.hookimpl(trylast=True)

@@ -96,12 +96,17 @@ def _say_what_to_install(name: str) -> None:
     name="calpaca",
 )
 @click.version_option(__version__, prog_name="calpaca", message="%(prog)s %(version)s")
-def program() -> None:
+@click.option(
+    "--strict-plugins", is_flag=True, help="End with 4 when a plugin is broken instead of going on without it."
+)
+def program(strict_plugins: bool) -> None:
     """Turn local LLaMA-family weights into applications.
 
     Answers go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong use or settings, 3 model,
     4 plugin, 130 interrupted.
     """
+    if strict_plugins:
+        os.environ["CALPACA_STRICT_PLUGINS"] = "1"
 
 
 def start() -> None:

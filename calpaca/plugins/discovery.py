@@ -17,6 +17,7 @@ from calpaca.core.errors import PluginError, nearest
 from calpaca.core.registry import Component
 from calpaca.plugins import hookspecs
 from calpaca.plugins.app import App
+from calpaca.plugins.patience import patience
 
 BUILTIN = "builtin"
 
@@ -116,11 +117,12 @@ def load_plugins(candidates: Iterable[Candidate], allowed: frozenset[str] | None
         record = PluginRecord(candidate.name, candidate.distribution, candidate.version)
         start = time.perf_counter()
         try:
-            _refuse_second(record, plugins.records)
+            refuse_second(record, plugins.records)
             if allowed is not None and candidate.name not in allowed | {BUILTIN}:
                 record.state = "blocked"
             else:
-                _load(candidate, record, plugins.manager)
+                with patience(str(record)):
+                    _load(candidate, record, plugins.manager)
         except (Exception, SystemExit) as error:
             plugins.refuse(record, error)
         record.load_time = time.perf_counter() - start
@@ -128,7 +130,8 @@ def load_plugins(candidates: Iterable[Candidate], allowed: frozenset[str] | None
     return plugins
 
 
-def _refuse_second(record: PluginRecord, earlier: list[PluginRecord]) -> None:
+def refuse_second(record: PluginRecord, earlier: Iterable[PluginRecord]) -> None:
+    """Raise PluginError when an earlier plugin of another distribution has the same name."""
     for other in earlier:
         if other.name == record.name:
             raise PluginError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from typing import Any
 
@@ -13,6 +14,9 @@ from calpaca.core.settings import Settings, read_settings
 from calpaca.plugins.discovery import PluginRecord, PluginSet, allowed_plugins, installed_plugins, load_plugins
 
 logger = logging.getLogger("calpaca")
+
+STRICT = "CALPACA_STRICT_PLUGINS"
+"""The variable under which a broken plugin is an error, also in processes that this one starts."""
 
 _lock = threading.Lock()
 _shared: Runtime | None = None
@@ -28,7 +32,10 @@ def runtime() -> Runtime:
 
 
 def build_runtime(settings: Settings, plugins: PluginSet | None = None) -> Runtime:
-    """A runtime of its own, with the installed plugins or the given ones. Each broken plugin is one line in the log."""
+    """A runtime of its own, with the installed plugins or the given ones.
+
+    Each broken plugin is one line in the log; under CALPACA_STRICT_PLUGINS=1 the first one raises PluginError.
+    """
     built = Runtime(settings)
     built.plugins = load_plugins(installed_plugins(), allowed_plugins()) if plugins is None else plugins
     registries: dict[str, Registry[Any]] = {
@@ -41,6 +48,8 @@ def build_runtime(settings: Settings, plugins: PluginSet | None = None) -> Runti
     for record in built.plugins.records:
         _fill(registries, record, built.plugins)
     for record in built.plugins.failed():
+        if os.environ.get(STRICT) == "1":
+            raise PluginError(f"Plugin {record} is {record.state}: {record.error}", record.hint)
         logger.warning("Plugin %s is %s: %s %s", record, record.state, record.error, record.hint)
     return built
 

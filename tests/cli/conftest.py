@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from calpaca.cli.main import main
-from calpaca.plugins import wiring
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
+from calpaca.pytest_plugin import Outcome
 
 
 @pytest.fixture
-def calpaca(tmp_path, monkeypatch, capsys) -> Callable[..., Outcome]:
+def calpaca(calpaca_program) -> Callable[..., Outcome]:
     """`calpaca("run", "shout", stdin="…")` runs the program here, in a folder of its own with no settings."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    for name in ("CALPACA_PLUGINS", "CALPACA_DEBUG", "CALPACA_MODEL"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments: str, stdin: str = "") -> Outcome:
-        monkeypatch.setattr(wiring, "_shared", None)
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        code = main(arguments)
-        if wiring._shared is not None:
-            wiring._shared.close()  # the threads of a model that is left open keep it in memory
-        return Outcome(code, *capsys.readouterr())
-
-    return run
+    return calpaca_program
 
 
 @pytest.fixture

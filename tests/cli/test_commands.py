@@ -69,29 +69,12 @@ def test_plugins_shows_name_version_distribution_state_and_hooks(calpaca, shouti
     assert "register_engines" in shown
 
 
-def test_plugins_shows_what_is_wrong_and_check_fails(calpaca, make_plugin) -> None:
+def test_plugins_shows_what_is_wrong(calpaca, make_plugin) -> None:
     make_plugin("hostile", "import module_that_is_not_there")
     result = calpaca("plugins")
     assert result.code == 0
     assert "broken" in result.out
     assert "module_that_is_not_there" in result.out
-    assert calpaca("plugins", "--check").code == 4
-
-
-def test_plugins_check_finds_a_flag_clash_and_a_missing_builder(calpaca, make_plugin, app_source) -> None:
-    make_plugin(
-        "clashing", app_source("shout").replace("text: str | None = None", "text: str = ''\n    model: str = ''")
-    )
-    result = calpaca("plugins", "--check")
-    assert result.code == 4
-    assert "Options.model" in result.err
-    make_plugin("missing", app_source("lost").replace(':build"', ':biuld"'), module="plugin_missing")
-    assert "'lost'" in calpaca("plugins", "--check").err
-
-
-def test_plugins_check_is_content_with_good_ones(calpaca, shouting) -> None:
-    result = calpaca("plugins", "--check")
-    assert (result.code, result.err) == (0, "")
 
 
 def test_settings_shows_values_and_where_files_lie(calpaca, project_file, monkeypatch, tmp_path) -> None:
