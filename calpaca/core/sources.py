@@ -110,6 +110,14 @@ def resolve_embedding(reference: str | None, runtime: Runtime) -> Found:
     return found
 
 
+def resolve_reranker(reference: str, runtime: Runtime) -> Found:
+    """Find a reranker: a folder, a name of the catalogue or a hub id. Raises ModelNotFoundError or DownloadError."""
+    found = _resolve(reference, runtime, "reranker", None)
+    if not found.path.is_dir():
+        raise ModelNotFoundError(f"{found.path} is no reranker's folder.", "Name a folder or id of one with --rerank.")
+    return found
+
+
 def check_model(reference: str, runtime: Runtime) -> None:
     """Raise ModelNotFoundError for a name that can name no language model. Asks no network."""
     _named(reference, runtime, "chat")

@@ -11,38 +11,63 @@ from langchain_core.vectorstores import VectorStore
 
 from calpaca.core.errors import UsageError
 from calpaca.core.events import Source
+from calpaca.core.reranker import Reranker
 from calpaca.documents.hybrid import HybridRetriever
 from calpaca.documents.search import Search
 
-__all__ = ["Search", "retrieve"]
+__all__ = ["Search", "reranked", "retrieve"]
 
 _PLACE = {"start", "end", "start_line", "end_line", "index"}
 """What SentenceSplitter says about where a chunk lies."""
 
 
 def retrieve(
-    origin: VectorStore | BaseRetriever, question: str, search: Search = Search(), *, merge: bool = True
+    origin: VectorStore | BaseRetriever,
+    question: str,
+    search: Search = Search(),
+    *,
+    reranker: Reranker | None = None,
+    merge: bool = True,
 ) -> list[Source]:
     """The passages nearest to a question, the best first.
 
-    With `merge`, chunks of one document that touch or overlap become one passage with the best score among them;
-    without, each chunk stays a passage, less what an earlier one holds already.
+    With a `reranker` the `fetch_k` best chunks are ordered as it scores them, before the `k` best are taken; their own
+    scores stay what they were, its score is in the metadata as `rerank`. With `merge`, chunks of one document that touch
+    or overlap become one passage with the best score among them; without, each chunk stays a passage, less what an
+    earlier one holds already.
     """
+    wider = replace(search, k=max(search.k, search.fetch_k)) if reranker is not None else search
+    scored = _found(origin, question, wider)
+    passages = [_passage(document, score) for document, score in scored if document.page_content.strip()]
+    if reranker is not None:
+        passages = reranked(passages, question, search, reranker)
+    return _merge(passages) if merge else passages
+
+
+def reranked(passages: Sequence[Source], question: str, search: Search, reranker: Reranker) -> list[Source]:
+    """The `k` best of what was found; what lies past the `fetch_k` that the reranker scores follows as it came."""
+    read, rest = passages[: search.fetch_k], passages[search.fetch_k :]
+    scores = reranker.scores(question, [passage.text for passage in read])
+    scored = [
+        replace(passage, metadata=passage.metadata | {"rerank": float(score)})
+        for passage, score in zip(read, scores, strict=True)
+    ]
+    return [*sorted(scored, key=lambda passage: -passage.metadata["rerank"]), *rest][: search.k]
+
+
+def _found(origin: VectorStore | BaseRetriever, question: str, search: Search) -> list[tuple[Document, float | None]]:
     if isinstance(origin, HybridRetriever):
-        scored: list[tuple[Document, float | None]] = [*origin.ranked(question, search)]
-    elif isinstance(origin, BaseRetriever):
-        scored = [(found, None) for found in origin.invoke(question)[: search.k]]
-    elif search.where or search.kind not in ("similarity", "mmr"):
+        return [*origin.ranked(question, search)]
+    if isinstance(origin, BaseRetriever):
+        return [(found, None) for found in origin.invoke(question)[: search.k]]
+    if search.where or search.kind not in ("similarity", "mmr"):
         raise UsageError(
             f"A {type(origin).__name__} cannot be searched by {search.kind} or with a filter.",
             "Search a DocumentIndex's `retriever`, or by similarity.",
         )
-    elif search.kind == "mmr":
-        scored = _diverse(origin, question, search)
-    else:
-        scored = [*origin.similarity_search_with_score(question, k=search.k)]
-    passages = [_passage(document, score) for document, score in scored if document.page_content.strip()]
-    return _merge(passages) if merge else passages
+    if search.kind == "mmr":
+        return _diverse(origin, question, search)
+    return [*origin.similarity_search_with_score(question, k=search.k)]
 
 
 def _diverse(store: VectorStore, question: str, search: Search) -> list[tuple[Document, float | None]]:

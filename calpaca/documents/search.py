@@ -48,7 +48,7 @@ class Search:
     Any vector store can be searched by `similarity` and `mmr`, which takes, of the `fetch_k` most similar, those that
     repeat each other least; `lambda_mult` 1 is plain similarity, 0 the most different. An index also by `keywords`
     (BM25) and by both together: `hybrid` adds standardised scores, `rrf` reciprocal ranks; and only an index knows
-    `where`.
+    `where`. A reranker, where there is one, orders the `fetch_k` best anew.
     """
 
     k: int = 4

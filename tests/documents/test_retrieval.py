@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
@@ -92,3 +93,29 @@ def test_mmr_prefers_passages_that_differ(embeddings) -> None:
 def test_impossible_searches_are_refused(options) -> None:
     with pytest.raises(UsageError):
         Search(**options)
+
+
+# Reranking ----------------------------------------------------------------------------------------------------------
+class ByLength:
+    """Scores a passage by how long it is."""
+
+    name, languages, fingerprint = "length", "en", "0" * 64
+
+    def __init__(self) -> None:
+        self.read: list[str] = []
+
+    def scores(self, question, texts):
+        self.read += texts
+        return np.array([len(text) for text in texts], np.float32)
+
+
+def test_a_reranker_orders_the_best_chunks_and_leaves_those_past_them_behind() -> None:
+    found = [Document("x" * length) for length in (3, 1, 2, 9)]
+    reranker = ByLength()
+    passages = retrieve(Fixed(found=found), "?", Search(3, fetch_k=3), reranker=reranker, merge=False)
+    assert [len(passage.text) for passage in passages] == [3, 2, 1]
+    assert [passage.metadata["rerank"] for passage in passages] == [3.0, 2.0, 1.0]
+    assert len(reranker.read) == 3
+    wider = retrieve(Fixed(found=found), "?", Search(4, fetch_k=2), reranker=reranker, merge=False)
+    assert [len(passage.text) for passage in wider] == [3, 1, 2, 9]
+    assert [len(p.text) for p in retrieve(Fixed(found=found), "?", Search(1, fetch_k=4), reranker=reranker)] == [9]

@@ -35,14 +35,14 @@ def path(name: str, file_format: Literal["hf", "gguf"]) -> None:
 
 
 def find(name: str, runtime: Runtime, file_format: Literal["hf", "gguf"] | None) -> Found:
-    """The model or embedding model of this name, fetched where needed."""
+    """The model, embedding model or reranker of this name, fetched where needed."""
     from calpaca.core.catalogue import ENTRIES
-    from calpaca.core.sources import resolve_embedding, resolve_model
+    from calpaca.core.sources import resolve_embedding, resolve_model, resolve_reranker
 
     spec = runtime.spec(name)
     entry = ENTRIES.get((spec.model or "").lower())
     if entry is None or entry.kind == "chat":
         return resolve_model(spec.model, runtime, revision=spec.revision, format=file_format)
     if file_format == "gguf":
-        raise UnsupportedError(f"{entry.name} is an embedding model and has no GGUF file.", "Leave out --format.")
-    return resolve_embedding(entry.name, runtime)
+        raise UnsupportedError(f"{entry.name} is no chat model and has no GGUF file.", "Leave out --format.")
+    return (resolve_embedding if entry.kind == "embedding" else resolve_reranker)(entry.name, runtime)

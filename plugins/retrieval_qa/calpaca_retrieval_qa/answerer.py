@@ -18,6 +18,7 @@ from calpaca.core.context import ContextPolicy
 from calpaca.core.errors import UsageError
 from calpaca.core.events import ContextReport, Event, Notice, Result, Source, UsageReport
 from calpaca.core.language import language_of
+from calpaca.core.reranker import Reranker
 from calpaca.core.sessions import Session
 from calpaca.documents.retrieval import Search, retrieve
 from calpaca_retrieval_qa.asking import ask, nothing_found
@@ -43,7 +44,7 @@ class RetrievalQA(Runnable[str, Any]):
     `stream` gives calpaca's events, the last one a Result; `invoke` gives that result's value. `prepare` is run before
     each question, to bring an index up to date. Prompts are those of the question's language, or of `prompt_file`.
     `max_new_tokens` is the room kept for the answer when passages are fitted into the context; `context_policy` says what
-    becomes of those without room. `cite` is told in `citations`, `strategy` in `strategies`.
+    becomes of those without room. A `reranker` orders what was found anew. `cite` is told in `citations`, `strategy` in `strategies`.
 
     `history`, an argument of each of them, are the earlier turns of the conversation (`role` and `content`, oldest first);
     a `session` has its own, and keeps what is asked and answered. A question that refers to them is rewritten by the model with `rewrites`; where that fails,
@@ -57,6 +58,7 @@ class RetrievalQA(Runnable[str, Any]):
         *,
         strategy: Strategy = "stuff",
         search: Search = Search(),
+        reranker: Reranker | None = None,
         cite: CiteMode = "loose",
         context_policy: ContextPolicy = "drop",
         prompt_file: Path | None = None,
@@ -72,6 +74,7 @@ class RetrievalQA(Runnable[str, Any]):
         self.retriever = retriever
         self.strategy = strategy
         self.search = search
+        self.reranker = reranker
         self.cite = cite
         self.context_policy = context_policy
         self.prompt_file = prompt_file
@@ -147,7 +150,7 @@ class RetrievalQA(Runnable[str, Any]):
         if not verdict.supported:
             yield from nothing_found(record, prompts)
             return
-        yield from self._language_notice(record.question)
+        yield from self._language_notices(record.question)
         policy, room = self.context_policy, self.max_new_tokens
         planner = Planner(self.llm, prompts, record.history, self.strategy, policy, room)
         plan = planner.plan(record.standalone, passages, config)
@@ -178,17 +181,24 @@ class RetrievalQA(Runnable[str, Any]):
         merge = self.strategy in ("stuff", "auto")
         for text in searches:
             record.searched = text
-            passages = retrieve(self.retriever, text, self.search, merge=merge)
+            passages = retrieve(self.retriever, text, self.search, reranker=self.reranker, merge=merge)
             verdict = self.evidence.judge(text, passages)
             if verdict.supported:
                 break
         return passages, verdict
 
-    def _language_notice(self, question: str) -> Iterator[Event]:
-        if self.languages == "en" and language_of(question) == "zh":
+    def _language_notices(self, question: str) -> Iterator[Event]:
+        """What to say when a Chinese question is put to models of English."""
+        if language_of(question) != "zh":
+            return
+        if self.languages == "en":
             yield Notice(
                 f"The model {self.model_name} knows English only; for Chinese name another one with --model "
                 "(`calpaca models list`)."
+            )
+        if self.reranker is not None and self.reranker.languages == "en":
+            yield Notice(
+                f"The reranker {self.reranker.name} knows English only: Chinese passages are found better without it."
             )
 
 

@@ -30,6 +30,7 @@ def build_answerer(options: RetrievalQAOptions, runtime: Runtime) -> tuple[Retri
         index.retriever,
         strategy=options.strategy,
         search=search,
+        reranker=runtime.reranker(options.rerank) if options.rerank is not None else None,
         cite=options.cite,
         context_policy=options.context_policy,
         prompt_file=options.prompt_file,

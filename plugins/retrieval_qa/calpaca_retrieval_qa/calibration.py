@@ -124,6 +124,7 @@ class Calibration:
         self.options = options
         self.questions = questions
         self.index = options.index(runtime, options.embedding)
+        self.reranker = runtime.reranker(options.rerank) if options.rerank is not None else None
         self.prepare = lambda: self.index.sync(lambda: start_job(options, runtime))
 
     def work(self, job: Job) -> Iterator[Event]:
@@ -159,7 +160,7 @@ class Calibration:
     def _samples(self, question: EvalQuestion) -> Iterator[Sample]:
         """What is found with the question's document and, where it has one, without it."""
         search = replace(self.options.chosen_search(), k=_FETCHED)
-        found = retrieve(self.index.retriever, question.question, search, merge=False)
+        found = retrieve(self.index.retriever, question.question, search, reranker=self.reranker, merge=False)
         yield from self._sample(question, found, answered=question.answerable)
         if question.answerable and question.source is not None:
             others = [passage for passage in found if not passage.source.endswith(question.source)]

@@ -54,7 +54,7 @@ class Configuration:
         return step_key(
             "evaluation", format=FORMAT, question=question.model_dump(mode="json"), options=chosen,
             model=self.fingerprint, embedder=self.index.embedder.fingerprint, files=self.index.manifest.files(),
-            evidence=repr(self.qa.evidence),
+            evidence=repr(self.qa.evidence), reranker=self.qa.reranker.fingerprint if self.qa.reranker else None,
         )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ class Evaluation:
 def measure(qa: RetrievalQA, question: EvalQuestion) -> Outcome:
     """Ask a question and compare what comes with what is expected."""
     search = replace(qa.search, k=max(_DEPTH, qa.search.k))
-    found = retrieve(qa.retriever, question.question, search, merge=False)
+    found = retrieve(qa.retriever, question.question, search, reranker=qa.reranker, merge=False)
     ranks = (rank for rank, passage in enumerate(found, 1) if _holds(question, passage))
     started = time.perf_counter()
     value = qa.invoke(question.question)

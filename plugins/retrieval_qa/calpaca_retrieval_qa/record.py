@@ -93,6 +93,7 @@ def _as_json(source: Source) -> dict[str, Any]:
         for name, key in (("start_offset", "start"), ("end_offset", "end"))
         if key in source.metadata
     }
+    reranked = {"rerank": source.metadata["rerank"]} if "rerank" in source.metadata else {}
     return {
         "source": source.source,
         "page": source.page,
@@ -100,5 +101,6 @@ def _as_json(source: Source) -> dict[str, Any]:
         "end": source.end,
         "text": source.text,
         "score": source.score,
+        **reranked,
         **offsets,
     }

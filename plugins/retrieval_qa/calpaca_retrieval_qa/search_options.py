@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
 from pydantic import BaseModel, Field
 
 from calpaca.core.errors import UsageError
 from calpaca.documents.search import ChunkFilter, Search, SearchKind
+from calpaca.plugins.options import OwnersOnly
 
 
 class SearchOptions(BaseModel):
@@ -19,8 +21,13 @@ class SearchOptions(BaseModel):
         description="similarity of meaning; keywords: the same words (BM25); hybrid: both, their scores added; rrf: both, "
         "by their ranks; mmr (maximal marginal relevance): passages that differ.",
     )
-    fetch_k: int = Field(20, description="Chunks that mmr chooses from.")
+    fetch_k: int = Field(20, description="Chunks that mmr, or the model of --rerank, chooses from.")
     mmr_lambda: float = Field(0.5, description="mmr: 1 is plain similarity, 0 the most different passages.")
+    rerank: Annotated[str | None, OwnersOnly()] = Field(
+        None,
+        description="Cross-encoder that reads the question with each of the fetch_k best chunks and orders them anew: "
+        "ms-marco-minilm-l-12 (English), a folder or a hub id.",
+    )
     only: list[str] = Field(
         [], description="Look only into files that fit this pattern, as in '*.pdf'; repeat for several."
     )
@@ -28,7 +35,9 @@ class SearchOptions(BaseModel):
     heading: str | None = Field(None, description="Look only below headings with these words.")
 
     def chosen_search(self) -> Search:
-        """Raises UsageError for a number out of range."""
+        """Raises UsageError for a number out of range, and for what excludes each other."""
+        if self.rerank is not None and self.search == "mmr":
+            raise UsageError("--rerank and --search mmr order the same chunks.", "Leave one of them out.")
         where = ChunkFilter(tuple(self.only), _range(self.pages), self.heading or "")
         return Search(self.k, self.search, self.fetch_k, self.mmr_lambda, where)
 

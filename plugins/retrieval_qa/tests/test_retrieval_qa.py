@@ -11,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from langchain_core.documents import Document
 from langchain_core.language_models import FakeListChatModel, FakeListLLM
@@ -120,6 +121,30 @@ def test_the_second_question_finds_the_index_ready(document) -> None:
     assert Progress not in kinds(list(runner.stream("And what does the cat of the house like?")))
     assert Progress not in kinds(list(build(options(document), runtime).stream(QUESTION)))
     assert runtime.fake_embedder.texts == []
+
+
+# Reranking ----------------------------------------------------------------------------------------------------------
+class DogsFirst:
+    """A reranker that looks for one word, and knows English."""
+
+    name, languages, fingerprint = "dogs", "en", "0" * 64
+
+    def scores(self, question, texts):
+        return np.array([("dog" in text) - 0.5 for text in texts], np.float32)
+
+
+def test_a_reranker_chooses_what_the_model_reads(document) -> None:
+    runtime = fake_runtime(["Dish."])
+    runtime._rerankers["dogs"] = DogsFirst()
+    given = options(document, rerank="dogs", k=1)
+    value = build(given, runtime).invoke("What does the hen of this house like?")
+    (read,) = value["sources"]
+    assert (read["text"], read["rerank"]) == ("The dog of this house likes dish number 3.", 0.5)
+    assert not any("English only" in notice for notice in value["notices"])
+    value = build(given, runtime).invoke("母鸡喜欢什么？")
+    assert any("reranker dogs knows English only" in notice for notice in value["notices"])
+    with pytest.raises(UsageError, match="--rerank and --search mmr"):
+        build(options(document, rerank="dogs", search="mmr"), runtime)
 
 
 # The context --------------------------------------------------------------------------------------------------------
