@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 
 from calpaca.core.near_duplicates import NearDuplicates
+from calpaca_crawl.wording import same_content
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--file", type=Path)
     options = parser.parse_args()
     made, copies = rows(sentences(options.file), options.rows)
-    before, pool, dropped = time.process_time(), NearDuplicates(), set()
+    before, pool, dropped = time.process_time(), NearDuplicates(says_the_same=same_content), set()
     for number, text in enumerate(made):
         if pool.add(text) is not None:
             dropped.add(number)

@@ -86,6 +86,8 @@ class Ledger:
             if connection is None:
                 connection = self._local.connection = sqlite3.connect(self.path, timeout=30)
                 connection.execute("PRAGMA journal_mode=WAL")
+                # What is committed outlives the process; only a power cut may take the last steps, and they are done again.
+                connection.execute("PRAGMA synchronous=NORMAL")
                 connection.row_factory = sqlite3.Row
             with connection:
                 yield connection

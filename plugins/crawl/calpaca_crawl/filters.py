@@ -11,6 +11,7 @@ from calpaca.core.near_duplicates import NearDuplicates
 from calpaca.core.rouge import rouge_l_of_words
 from calpaca.core.text_measures import words
 from calpaca_crawl.row import Row
+from calpaca_crawl.wording import same_content
 
 _REFUSAL = re.compile(
     r"as an? (?:ai|artificial)\b|as a (?:large )?language model|i(?:'m| am) (?:sorry|unable)|i can(?:no|')t (?:help|assist|provide)|"
@@ -47,7 +48,7 @@ class Filters:
     """Judges one row after the other; those that pass join the pool that later ones are compared with."""
 
     limits: Limits = Limits()
-    pool: NearDuplicates = field(default_factory=NearDuplicates)
+    pool: NearDuplicates = field(default_factory=lambda: NearDuplicates(says_the_same=same_content))
     _seen: set[str] = field(default_factory=set)
 
     def add_known(self, questions: Iterable[str]) -> None:

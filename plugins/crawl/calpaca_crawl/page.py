@@ -9,7 +9,6 @@ from typing import Any
 from calpaca.core.errors import DocumentError
 
 _DECLARED = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w-]+)""", re.IGNORECASE)
-_HEADER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,15 @@ class Page:
 
 def read_page(url: str, body: bytes, declared: str | None) -> Page:
     """Extract a page. `declared` is the encoding that its server names."""
-    from trafilatura.core import extract_with_metadata
+    from trafilatura.core import bare_extraction, determine_returnstring
+    from trafilatura.settings import Document, Extractor
 
-    found = extract_with_metadata(decoded(body, declared), url=url, output_format="markdown", include_comments=False)
-    if found is None:
+    options = Extractor(output_format="markdown", comments=False, with_metadata=True, url=url)
+    found = bare_extraction(decoded(body, declared), options=options)
+    if not isinstance(found, Document):
         return Page(url)
-    text = _HEADER.sub("", found.text or "").strip()
+    options.with_metadata = False  # title and date are fields of ours, and no header of the text
+    text = determine_returnstring(found, options).strip()
     return Page(url, found.title or "", text, found.date, language(text))
 
 
@@ -59,4 +61,4 @@ def language(text: str) -> str | None:
     """The language's ISO 639-1 code; None for too little text."""
     import py3langid
 
-    return str(py3langid.classify(text[:2000])[0]) if len(text) >= 20 else None
+    return str(py3langid.classify(text[:1000])[0]) if len(text) >= 20 else None

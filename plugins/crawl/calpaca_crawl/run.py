@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -18,11 +18,13 @@ from typing import Any
 from calpaca.core.engine import Completion, Handle, Sampling, Usage
 from calpaca.core.errors import CalpacaError, JobError, UnsupportedError
 from calpaca.core.jobs import Job, step_key
+from calpaca_crawl.attempts import Attempts
 from calpaca_crawl.budget import Spending
 from calpaca_crawl.filters import Filters
 from calpaca_crawl.generator import Generator
 from calpaca_crawl.kept import KeptRow, row_id
 from calpaca_crawl.methods import Method
+from calpaca_crawl.scorer import Scorer
 from calpaca_crawl.task import Draft, Refused, Task
 
 KIND = "crawl_instructions"
@@ -57,6 +59,10 @@ class _Reply:
     completion_tokens: int
     time: str
 
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.prompt_tokens, self.completion_tokens)
+
 
 @dataclass
 class _Asked:
@@ -69,7 +75,7 @@ class _Asked:
     key: str
     recorded: bytes | None = None
     handle: Handle | None = None
-    reserved: tuple[int, int] | None = None
+    reserved: Usage = field(default_factory=Usage)
 
 
 @dataclass
@@ -83,6 +89,8 @@ class Run:
     spending: Spending
     job: Job
     in_flight: int = 8
+    scorer: Scorer | None = None
+    after_reply: Callable[[], None] = lambda: None
     kept: list[KeptRow] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     replies: int = 0
@@ -109,6 +117,7 @@ class Run:
             for asked in pending:
                 if asked.handle is not None:
                     asked.handle.cancel()
+                    self.spending.lose(asked.reserved)
 
     # Asking --------------------------------------------------------------------------------------------------------
     def _fill(self, pending: deque[_Asked]) -> bool:
@@ -126,9 +135,10 @@ class Run:
             self.stopped = self.stopped or "all_asked"
         return bool(pending) and self.stopped not in {"max_rows", "max_time"}
 
-    def _enough(self) -> bool:
+    def _enough(self, more: int = 0) -> bool:
+        """Whether as many rows are kept as are wanted, when `more` will be."""
         most = self.spending.budget.max_rows
-        return most is not None and len(self.kept) >= most
+        return most is not None and len(self.kept) + more >= most
 
     def _next(self) -> _Asked | None:
         """The next request, of the methods in turn; None when its method has no more to ask."""
@@ -159,17 +169,18 @@ class Run:
     def _start(self, asked: _Asked) -> bool:
         """Send a request unless the ledger has its reply. False where a limit leaves no room for it."""
         asked.recorded = self.job.ledger.get_many([asked.key]).get(asked.key)
-        new = asked.sampling.max_new_tokens or 512
-        if asked.recorded is not None:
-            reply = json.loads(asked.recorded)
-            prompt, new = reply["prompt_tokens"], reply["completion_tokens"]
-        else:
-            prompt = asked.generator.prompt_tokens(asked.task)
-        self.stopped = self.spending.refusal(prompt, new) or ""
+        attempts = Attempts(self.job.ledger)
+        sent = attempts.of(asked.key)
+        most = Usage(asked.generator.prompt_tokens(asked.task), asked.sampling.max_new_tokens or 512)
+        for _ in range(sent - (asked.recorded is not None)):
+            self.spending.lost += most  # earlier runs sent it and have no reply
+        asked.reserved = most if asked.recorded is None else _Reply(**json.loads(asked.recorded)).usage
+        self.stopped = self.spending.refusal(asked.reserved) or ""
         if self.stopped:
             return False
-        asked.reserved = self.spending.reserve(prompt, new)
+        self.spending.reserve(asked.reserved)
         if asked.recorded is None:
+            attempts.note(asked.key, sent)
             asked.handle = self._submitted(asked)
         return True
 
@@ -186,19 +197,19 @@ class Run:
         try:
             reply = self._reply(asked)
         except TimeoutError:
+            self.spending.lose(asked.reserved)
             self.stopped = "max_time"
             return
         except CalpacaError as error:
-            self.spending.settle(asked.reserved, Usage())
+            self.spending.lose(asked.reserved)
             self._note_failure(asked, error)
             return
         self._failed_in_a_row = 0
         self.replies += 1
-        self.spending.settle(asked.reserved, Usage(reply.prompt_tokens, reply.completion_tokens))
+        self.spending.settle(asked.reserved, reply.usage)
         before = len(self.kept)
-        for draft in asked.task.drafts(reply.text, cut=reply.cut):
-            if not self._enough():
-                yield from self._judged(draft, asked, reply)
+        yield from self._kept_of(asked, reply)
+        self.after_reply()
         self._note_yield(len(self.kept) - before)
 
     def _reply(self, asked: _Asked) -> _Reply:
@@ -234,17 +245,37 @@ class Run:
                 handle.cancel()
             raise
 
-    def _judged(self, draft: Draft | Refused, asked: _Asked, reply: _Reply) -> Iterator[KeptRow]:
-        if isinstance(draft, Refused):
-            self.rejected.append(Rejected(draft.reason, asked.task.method, asked.number, draft.record))
-            return
-        reason = self.filters.reason(draft.row)
-        if reason is not None:
-            self.rejected.append(Rejected(reason, asked.task.method, asked.number, draft.row.written("alpaca")))
-            return
-        row = KeptRow(row_id(draft.row), draft.row, self._provenance(draft, asked, reply))
-        self.kept.append(row)
-        yield row
+    def _kept_of(self, asked: _Asked, reply: _Reply) -> Iterator[KeptRow]:
+        """The rows of a reply that pass the filters and, where there is a scorer, its score; no more than are wanted."""
+        passed: list[Draft] = []
+        for draft in asked.task.drafts(reply.text, cut=reply.cut):
+            if isinstance(draft, Refused):
+                self._reject(draft.reason, asked, draft.record)
+            elif not self._enough(len(passed) if self.scorer is None else 0):
+                reason = self.filters.reason(draft.row)
+                if reason is None:
+                    passed.append(draft)
+                else:
+                    self._reject(reason, asked, draft.row.written("alpaca"))
+        for draft in passed if self.scorer is None else self._scored(passed, asked):
+            row = KeptRow(row_id(draft.row), draft.row, self._provenance(draft, asked, reply))
+            self.kept.append(row)
+            yield row
+
+    def _scored(self, drafts: Sequence[Draft], asked: _Asked) -> Iterator[Draft]:
+        """Those that the scorer finds good enough, until there are enough of them."""
+        assert self.scorer is not None
+        scores = self.scorer.scores([draft.row for draft in drafts])
+        for draft, score in zip(drafts, scores, strict=True):
+            if score is None:
+                self._reject("not_scored", asked, draft.row.written("alpaca"))
+            elif score < self.scorer.least:
+                self._reject("low_score", asked, {**draft.row.written("alpaca"), "score": score})
+            elif not self._enough():
+                yield replace(draft, details={**draft.details, "score": score, "scorer": self.scorer.name})
+
+    def _reject(self, reason: str, asked: _Asked, record: Any) -> None:
+        self.rejected.append(Rejected(reason, asked.task.method, asked.number, record))
 
     def _provenance(self, draft: Draft, asked: _Asked, reply: _Reply) -> dict[str, Any]:
         model = asked.generator.model
@@ -266,7 +297,7 @@ class Run:
     def _note_failure(self, asked: _Asked, error: CalpacaError) -> None:
         self.failures[type(error).__name__] += 1
         self._failed_in_a_row += 1
-        self.rejected.append(Rejected("request_failed", asked.task.method, asked.number, error.message))
+        self._reject("request_failed", asked, error.message)
         if self._failed_in_a_row >= _FAILURES_IN_A_ROW:
             self.stopped = "requests_fail"
             raise JobError(

@@ -20,7 +20,8 @@ from scrapy.utils.sitemap import Sitemap, sitemap_urls_from_robots
 
 from calpaca.core.jobs import Job, step_key
 from calpaca.core.paths import atomic_file
-from calpaca_crawl.page import Page, read_page
+from calpaca_crawl.page import Page
+from calpaca_crawl.page_reader import PageReader
 from calpaca_crawl.web_options import WebOptions
 
 KIND = "crawl_web"
@@ -56,6 +57,7 @@ class SiteSpider(Spider):  # type: ignore[misc]
         self._starts = starts
         self._begun = begun
         self._progress = progress
+        self._reader = PageReader()
         self._sitemaps = 0
         self._received: dict[int, float] = {}
         self._ends = time.monotonic() + (options.max_time or float("inf"))
@@ -109,14 +111,14 @@ class SiteSpider(Spider):  # type: ignore[misc]
         )
 
     # Pages ---------------------------------------------------------------------------------------------------------
-    def parse(self, response: Response, **_: Any) -> Iterator[Any]:
+    async def parse(self, response: Response, **_: Any) -> AsyncIterator[Any]:
+        recorded = _RECORDED in response.flags
+        record = json.loads(response.body) if recorded else await self._read(response)
         if self.job.done >= self.options.max_pages:  # some are still on their way when the last one is read
             return
-        if _RECORDED in response.flags:
-            record = json.loads(response.body)
+        if recorded:
             self.job.reused += 1
         else:
-            record = self._read(response)
             self.job.ledger.put_many(
                 KIND, {self._key(response.request.url): json.dumps(record, ensure_ascii=False).encode()}
             )
@@ -135,7 +137,11 @@ class SiteSpider(Spider):  # type: ignore[misc]
         if time.monotonic() > self._ends:
             raise CloseSpider("max_time")
 
-    def _read(self, response: Response) -> dict[str, Any]:
+    def closed(self, _: str) -> None:
+        """Called by Scrapy at the end."""
+        self._reader.close()
+
+    async def _read(self, response: Response) -> dict[str, Any]:
         """What the ledger keeps of a page: the document, and the links that are followed from it."""
         self._received.pop(id(response.request), None)
         kind = (response.headers.get("Content-Type") or b"").decode("latin-1").lower()
@@ -144,7 +150,7 @@ class SiteSpider(Spider):  # type: ignore[misc]
         if not isinstance(response, TextResponse) or ("html" not in kind and "text/plain" not in kind):
             self.crawler.stats.inc_value("calpaca/other_types")
             return {"page": asdict(Page(response.url)), "links": []}
-        page = read_page(response.url, response.body, response._headers_encoding())
+        page = await self._reader.read(response.url, response.body, response._headers_encoding())
         links = (
             [link.url for link in self._links.extract_links(response) if self._wanted(link.url)]
             if "html" in kind

@@ -90,6 +90,11 @@ def scrapy_settings(options: WebOptions) -> dict[str, Any]:
         "HTTPCACHE_DIR": str(cache_dir() / "crawl"),
         "HTTPCACHE_POLICY": "scrapy.extensions.httpcache.RFC2616Policy",
         "CALPACA_ALLOWED_NETWORKS": list(options.networks),
+        "DOWNLOAD_HANDLERS": {
+            "http": "calpaca_crawl.guarded_connection.GuardedHandler",
+            "https": "calpaca_crawl.guarded_connection.GuardedHandler",
+            **dict.fromkeys(("data", "file", "ftp", "s3")),
+        },
         "DOWNLOADER_MIDDLEWARES": {
             "calpaca_crawl.site_spider.RecordedPages": 20,
             "calpaca_crawl.address_guard.AddressGuard": 610,

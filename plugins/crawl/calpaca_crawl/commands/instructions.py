@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from calpaca_crawl.methods import Setup
     from calpaca_crawl.output import Output
     from calpaca_crawl.run import Run
+    from calpaca_crawl.scorer import Scorer
 
 _TOKENS_OF_A_ROW = 220
 """What a row of modest length takes."""
@@ -61,8 +62,8 @@ def make(options: InstructionOptions, prompts: Prompts, path: Path) -> dict[str,
     setup = _setup(options, prompts, runtime)
     methods: dict[str, Method] = {name: METHODS[name](setup) for name in options.methods}
     output = Output(path)
-    generators = _generators(options, runtime)
-    pool = _pool(options, setup, generators)
+    generators, judge = _generators(options, runtime)
+    pool = _pool(options, setup, [*generators, *filter(None, [judge])])
     if not options.overwrite:
         output.check(pool)
     filters = Filters(_limits(options, prompts))
@@ -70,7 +71,9 @@ def make(options: InstructionOptions, prompts: Prompts, path: Path) -> dict[str,
     filters.add_known(seed.row.question for seed in setup.seeds)
     job = runtime.jobs.start(KIND, f"Make rows for {path}", _parameters(pool))
     sampling = _sampling(options, setup, runtime)
-    run = Run(generators, methods, filters, sampling, Spending(options.budget), job, options.in_flight)
+    spending = Spending(options.budget)
+    run = Run(generators, methods, filters, sampling, spending, job, options.in_flight)
+    run.scorer = _scorer(judge, options, prompts, run)
     with job, _written(run, output, options, pool) as figures:
         _follow(run)
     return figures
@@ -106,14 +109,25 @@ def _setup(options: InstructionOptions, prompts: Prompts, runtime: Runtime) -> S
     )
 
 
-def _generators(options: InstructionOptions, runtime: Runtime) -> list[Generator]:
+def _generators(options: InstructionOptions, runtime: Runtime) -> tuple[list[Generator], Generator | None]:
+    """The models that make rows, and the one that scores them, which may be one of these."""
     from calpaca.core.spec import ModelSpec
     from calpaca_crawl.generator import Generator
 
     runtime.attaches = runtime.settings.attach
     runtime.purpose = "load"
     specs = [options.spec(), *(ModelSpec(model=name) for name in options.generators)]
-    return [Generator(runtime.model(spec), options.constrained) for spec in specs]
+    generators = [Generator(runtime.model(spec), options.constrained) for spec in specs]
+    if options.score is None:
+        return generators, None
+    named = next((each for each, spec in zip(generators, specs, strict=True) if spec.model == options.score), None)
+    return generators, named or Generator(runtime.model(ModelSpec(model=options.score)), options.constrained)
+
+
+def _scorer(judge: Generator | None, options: InstructionOptions, prompts: Prompts, run: Run) -> Scorer | None:
+    from calpaca_crawl.scorer import Scorer
+
+    return None if judge is None else Scorer(judge, prompts, options.min_score, run.job.ledger, run.spending)
 
 
 def _limits(options: InstructionOptions, prompts: Prompts) -> Any:
@@ -137,7 +151,7 @@ def _sampling(options: InstructionOptions, setup: Setup, runtime: Runtime) -> An
 
 _NOT_OF_THE_POOL = {
     "max_rows", "max_tokens", "max_cost", "max_time", "price_in", "price_out", "overwrite", "form", "prompts",
-    "write_prompts", "model", "adapters", "generators", "seeds", "documents", "data_file", "device",
+    "write_prompts", "model", "adapters", "generators", "score", "seeds", "documents", "data_file", "device",
 }  # fmt: skip
 """Options that change how much is made or where things lie, or whose contents are counted in by themselves."""
 
@@ -148,6 +162,7 @@ def _pool(options: InstructionOptions, setup: Setup, generators: list[Generator]
 
     names = ["topics", "tasks", "changes", "toxic"]
     texts = ["topics", "assignment", "self_instruct", "evolve", "documents", "dialogues", "format"]
+    texts += ["score"] if options.score else []
     files = [*(f"{name}.txt" for name in names), *(f"{name}.md" for name in texts)]
     return step_key(
         "pool",
@@ -197,17 +212,19 @@ def _follow(run: Run) -> None:
     """Make the rows under a bar, with a forecast once the first replies are there."""
     from tqdm import tqdm
 
-    total = run.spending.budget.max_rows
-    said = False
     with tqdm(
-        total=total, unit=" row", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True
-    ) as bar:
+        total=run.spending.budget.max_rows, unit=" row", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False,
+        dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+
+        def after_reply() -> None:
+            bar.set_postfix(rejected=len(run.rejected), tokens=run.spending.spent.total_tokens)
+            if run.replies == min(_FIRST_BATCH, run.in_flight):
+                tqdm.write(f"Forecast: {run.spending.forecast(len(run.kept))}", file=sys.stderr)
+
+        run.after_reply = after_reply
         for _ in run.rows():
             bar.update()
-            bar.set_postfix(rejected=len(run.rejected), tokens=run.spending.usage.total_tokens)
-            if not said and run.replies >= _FIRST_BATCH:
-                said = True
-                tqdm.write(f"Forecast: {run.spending.forecast(len(run.kept))}", file=sys.stderr)
 
 
 def _told(figures: dict[str, Any]) -> str:
@@ -215,8 +232,13 @@ def _told(figures: dict[str, Any]) -> str:
     return (
         f"{figures['rows']} rows of {figures['replies']} replies ({figures['reused_replies']} of them from before); "
         f"stopped by {figures['stopped']}. Rejected: {rejected}. "
-        f"{figures['completion_tokens']} tokens generated, {figures['seconds']} s."
+        f"{figures['completion_tokens']} tokens generated{_lost(figures)}, {figures['seconds']} s."
     )
+
+
+def _lost(figures: dict[str, Any]) -> str:
+    lost = figures["lost_completion_tokens"]
+    return f", at most {lost} more by requests without a reply" if lost else ""
 
 
 _OUTPUT = click.Argument(["output"], type=click.Path(path_type=Path), required=False)
