@@ -50,6 +50,11 @@ class _Position:
         numbers = range(self.number + 1, len(self.adapters))
         return next((number for number in numbers if _same(recorded, self.adapters[number])), None)
 
+    def later_part(self, recorded: Input) -> int | None:
+        """Where an adapter that was merged into a recorded base stands after this one."""
+        parts = (self.later(part) for part in recorded.every() if part.role == "adapter")
+        return next((number for number in parts if number is not None), None)
+
     def has_base(self, recorded: Input) -> bool:
         """Whether the model, as it is here, is or contains a recorded base."""
         if any(_same(recorded, each) for each in self.base if each.role == "base"):
@@ -119,7 +124,11 @@ def _unmet(lineage: Lineage, position: _Position, files: ModelFiles, output: Pat
     """What an adapter was trained on and does not find here."""
     for each in lineage.inputs:
         if each.role == "base" and not position.has_base(each):
-            yield _other_base(position.adapter.name, each, files.name)
+            later = position.later_part(each)
+            if later is None:
+                yield _other_base(position.adapter.name, each, files.name)
+            else:
+                yield _reversed(position, later, files, output)
         elif each.role == "adapter" and not position.has_adapter(each):
             later = position.later(each)
             if later is None:

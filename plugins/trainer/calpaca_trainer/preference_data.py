@@ -34,6 +34,11 @@ class PreferredAnswers:
     chosen: list[int] | None = None
     rejected: list[int] | None = None
 
+    def parts(self) -> list[tuple[str, list[int]]]:
+        """The prompt, marked with a space, and each answer: the better with a plus, the worse with a minus."""
+        answers = [("+", self.chosen), ("-", self.rejected)]
+        return [(" ", self.prompt), *((mark, ids) for mark, ids in answers if ids is not None)]
+
     @property
     def length(self) -> int:
         """Tokens of all that is computed for it."""

@@ -55,6 +55,12 @@ class Prompting:
         )
         return Rendering(stage, conversations, key)
 
+    def answers(self, options: DataOptions) -> ConversationRenderer:
+        """What renders a prompt with one answer to it."""
+        return ConversationRenderer(
+            self.template, self.tokenizer, self.eos_ids, loss_on="last", max_length=options.max_length
+        )
+
 
 def load_prompting(files: ModelFiles) -> Prompting:
     """The prompting of a model with its adapters. Raises ModelError when nothing ends an answer."""

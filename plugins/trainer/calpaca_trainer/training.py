@@ -28,6 +28,7 @@ from calpaca_trainer.prompting import Prompting, load_prompting
 from calpaca_trainer.recipe import PreferenceRecipe, Recipe
 from calpaca_trainer.run_folder import RunFolder
 from calpaca_trainer.sharding import Sharding, choose_sharding
+from calpaca_trainer.vocabulary_pair import check_vocabularies
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,7 +128,9 @@ def _shared(batches: list[Batch], count: int) -> list[Batch]:
 def load_subject(recipe: Recipe, runtime: Runtime) -> tuple[ModelFiles, Prompting]:
     """The files of the model that learns, and how texts become its tokens. Raises ModelError or UsageError."""
     files = find_files(_spec(recipe, runtime), runtime)
-    return files, load_prompting(files)
+    prompting = load_prompting(files)
+    check_vocabularies(files, prompting.tokenizer)
+    return files, prompting
 
 
 def _spec(recipe: Recipe, runtime: Runtime) -> ModelSpec:
@@ -162,8 +165,7 @@ def _reader(recipe: Recipe, stage: Stage, prompting: Prompting) -> Callable[[Seq
     """What reads and renders data for the stage."""
     if isinstance(recipe, PreferenceRecipe):
         check_trl()
-        last = prompting.rendering(recipe.model_copy(update={"loss_on": "last"}), "sft").renderer
-        return partial(load_preferences, renderer=last, loss=recipe.loss)
+        return partial(load_preferences, renderer=prompting.answers(recipe), loss=recipe.loss)
     return partial(load_dataset, rendering=prompting.rendering(recipe, stage))
 
 

@@ -43,13 +43,18 @@ class MergedVocabulary:
 def read_pieces(model: Path) -> Any:
     """The `ModelProto` of a SentencePiece file, or of a folder's `tokenizer.model`.
 
-    Raises ModelNotFoundError, or CorruptFileError for what is no such model.
+    Raises ModelNotFoundError, UsageError for a tokenizer of another kind, CorruptFileError for what is no such model.
     """
     try:
         from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
     except ModuleNotFoundError as error:
         raise MissingExtraError("A SentencePiece vocabulary", "torch", error.name or "sentencepiece") from error
     file = model / "tokenizer.model" if model.is_dir() else model
+    if model.is_dir() and not file.is_file() and (model / "tokenizer.json").is_file():
+        raise UsageError(
+            f"The tokenizer in {model} is no SentencePiece model but one of another kind (tokenizer.json).",
+            "A vocabulary of SentencePiece's is what is trained, merged and measured, as LLaMA's and Mistral's first are.",
+        )
     if not file.is_file():
         raise ModelNotFoundError(f"{file} does not exist.", "Name a SentencePiece model, or a folder with one.")
     try:

@@ -11,7 +11,7 @@ import pytest
 from calpaca.cli.main import main
 from calpaca.plugins import wiring
 from calpaca_trainer.commands.init import SCENARIOS
-from calpaca_trainer.recipe import read_recipe
+from calpaca_trainer.recipe import PreferenceRecipe, Recipe, read_recipe
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_what_is_missing_is_asked_for(arguments, capsys) -> None:
 def test_init_writes_a_recipe_that_is_valid(scenario, tmp_path, capsys) -> None:
     file = tmp_path / "recipe.toml"
     assert main(["train", "init", scenario, "--output", str(file)]) == 0
-    recipe = read_recipe(file, {}, "train sft")
+    recipe = read_recipe(file, {}, "train sft", PreferenceRecipe if scenario in {"dpo", "kto"} else Recipe)
     assert recipe.datasets
     assert set(tomllib.loads(file.read_text())) <= set(type(recipe).model_fields)
     assert main(["train", "init", scenario, "--output", str(file)]) == 2

@@ -17,7 +17,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E
 from calpaca.cli.main import main  # noqa: E402
 from calpaca.core.checkpoint.verify import verify  # noqa: E402
 from calpaca.core.errors import CorruptFileError, ModelError, ModelNotFoundError, UsageError  # noqa: E402
+from calpaca.core.merge.base_model import read_base  # noqa: E402
 from calpaca_trainer.errors import DataError  # noqa: E402
+from calpaca_trainer.recipe import read_recipe  # noqa: E402
+from calpaca_trainer.training import load_subject  # noqa: E402
 from calpaca_trainer.vocabulary import FILTERS, MergedVocabulary, merge_vocabularies, old_pieces, read_pieces  # noqa: E402
 from calpaca_trainer.vocabulary_model import Extension, plan_extension  # noqa: E402
 from calpaca_trainer.vocabulary_report import measure  # noqa: E402
@@ -251,3 +254,58 @@ def test_texts_that_cannot_be_read_and_sizes_that_cannot_be_are_named(tmp_path: 
         text_files([tmp_path / "nothing"])
     with pytest.raises(UsageError, match="cannot make 9000 pieces"):
         train_vocabulary([EXAMPLES / "handbook.md"], VocabularyOptions(size=9000))
+
+
+# ---- which tokenizer may be trained with which model ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lengths(pieces: Path, added: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models as LLaMA, Chinese-LLaMA and Chinese-Alpaca (one token more) are to each other, each with its tokenizer."""
+    folder = tmp_path_factory.mktemp("lengths")
+    base = read_pieces(pieces)
+    new = [piece.piece for piece in read_pieces(added).pieces]
+    merged = {"llama": b"", "chinese": merge_vocabularies(base, new).data, "alpaca": b""}
+    merged["llama"] = base.SerializeToString()
+    merged["alpaca"] = merge_vocabularies(base, new, tokens=["[PAD]"]).data
+    made = {}
+    for name, data in merged.items():
+        (folder / f"{name}-pieces").mkdir()
+        (folder / f"{name}-pieces" / "tokenizer.model").write_bytes(data)
+        size = len(SentencePieceProcessor(model_proto=data))
+        made[name] = save_model(folder / name, folder / f"{name}-pieces", vocab_size=size)
+        settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (made[name] / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "told"),
+    [
+        ("llama", "llama", None), ("chinese", "chinese", None), ("alpaca", "alpaca", None), ("alpaca", None, None),
+        ("llama", "chinese", "rows"), ("llama", "alpaca", "rows"), ("chinese", "alpaca", "rows"),
+        ("chinese", "llama", "own"), ("alpaca", "llama", "own"), ("alpaca", "chinese", "own"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(
+    lengths: dict[str, Path], runtime, tmp_path: Path, model: str, tokenizer: str | None, told: str | None
+) -> None:
+    """Every pair of the seed's three sizes: 32000, 49953 and 49954."""
+    typed = {"model": str(lengths[model]), "tokenizer": tokenizer and str(lengths[tokenizer])}
+    recipe = read_recipe(None, {**typed, "chat_template": "alpaca", "device": "cpu"}, "train sft")
+    if told is None:
+        files, prompting = load_subject(recipe, runtime)
+        assert len(prompting.tokenizer) == read_base(files.weights).tensors["model.embed_tokens.weight"].shape[0]
+        return
+    with pytest.raises(ModelError) as caught:
+        load_subject(recipe, runtime)
+    sizes = {name: len(read_pieces(folder).pieces) for name, folder in lengths.items()}
+    assert f"has {sizes[tokenizer or model]} tokens" in caught.value.message
+    wanted = {"rows": f"only {sizes[model]} embedding rows", "own": f"has {sizes[model]}: it would"}
+    assert wanted[told] in caught.value.message
+    assert "--tokenizer" in caught.value.hint
+
+
+def test_a_tokenizer_of_another_kind_is_named(small: Path, added: Path, tmp_path: Path, capsys) -> None:
+    assert main(["vocab", "merge", str(small), str(added), "--output", str(tmp_path / "merged")]) == 2
+    assert "no SentencePiece model but one of another kind (tokenizer.json)" in capsys.readouterr().err

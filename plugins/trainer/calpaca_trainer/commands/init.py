@@ -9,7 +9,7 @@ import click
 
 from calpaca.core.errors import UsageError
 
-SCENARIOS = ("new", "continue", "pretrain", "full")
+SCENARIOS = ("new", "continue", "pretrain", "embeddings", "full", "dpo", "kto")
 
 
 @click.command()
@@ -19,7 +19,9 @@ def init(scenario: str, output: Path | None) -> None:
     """Write a commented recipe.
 
     SCENARIO is `new` (a new adapter, on a base or on one that adapters were merged into), `continue` (an adapter that
-    exists already), `pretrain` (plain texts) or `full` (the whole model learns).
+    exists already), `pretrain` (plain texts), `embeddings` (plain texts too, before `pretrain`: only the embeddings of a
+    longer vocabulary), `full` (the whole model learns), `dpo` (pairs of a better and a worse answer) or `kto` (answers that
+    are good or bad).
     """
     text = (files("calpaca_trainer") / "recipes" / f"{scenario}.toml").read_text("utf-8")
     if output is None:
