@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from calpaca.core.checkpoint.manifest import read_manifest
 from calpaca.core.fingerprint import file_digest
@@ -113,7 +114,7 @@ def training_files(adapter: Path) -> list[Path]:
     return [*(file for file, _ in files), *earlier]
 
 
-def _recipe(adapter: Path) -> dict[str, list[str]]:
+def _recipe(adapter: Path) -> dict[str, Any]:
     file = adapter / "recipe.toml"
     if not file.is_file():
         raise DataError(f"{adapter} does not say what it was trained on: there is no recipe.toml in it.", _HINT)

@@ -167,7 +167,7 @@ def _filled(empty: PreferredAnswers, chosen: Example | None, rejected: Example |
     example = chosen or rejected
     assert example is not None
     start = example.spans[0][0]
-    better, worse = (each and each.ids[start:] for each in (chosen, rejected))
+    better, worse = (each.ids[start:] if each is not None else None for each in (chosen, rejected))
     return replace(empty, prompt=example.ids[:start], chosen=better, rejected=worse)
 
 

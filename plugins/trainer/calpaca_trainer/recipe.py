@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -215,10 +215,7 @@ class PreferenceRecipe(Recipe, PreferenceOptions):
         return self.learning_rate or 5e-5
 
 
-_R = TypeVar("_R", bound=Recipe)
-
-
-def read_recipe(file: Path | None, typed: Mapping[str, Any], command: str, kind: type[_R] = Recipe) -> _R:  # type: ignore[assignment]
+def read_recipe(file: Path | None, typed: Mapping[str, Any], command: str, kind: type[Recipe] = Recipe) -> Recipe:
     """A recipe from a file, with what was typed over it. Raises UsageError that names the option."""
     values = _read_file(file) if file is not None else {}
     try:
