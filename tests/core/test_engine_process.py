@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from calpaca.core.engines.process import Worker
-from calpaca.core.errors import ModelError, UsageError
+from calpaca.core.engines.workers import Workers
+from calpaca.core.errors import AdapterError, ModelError, UsageError
+from calpaca.core.files import AdapterFiles
 
 RUNNER = """
     import os, sys, time
@@ -218,6 +220,104 @@ def test_closing_cancels_what_runs_and_leaves_no_process(process: Worker) -> Non
     assert not alive(pid)
     with pytest.raises(ModelError, match="closed"):
         start(process, "short")
+
+
+def test_a_retired_worker_takes_no_job_and_ends_with_its_last(worker: Worker) -> None:
+    worker.open()
+    pid = worker.pid
+    key, running = start(worker, "forever")
+    _, short = start(worker, "short")
+    worker.retire()
+    with pytest.raises(ModelError, match="closed"):
+        start(worker, "short")
+    settle(lambda: len(short.payloads) == 3)
+    seen = len(running.payloads)
+    settle(lambda: len(running.payloads) > seen)  # the other goes on
+    worker.cancel(key)
+    settle(lambda: worker.running == 0)
+    assert running.error is None
+    if pid is not None:
+        settle(lambda: not alive(pid))
+
+
+def test_a_retired_worker_without_jobs_ends_at_once(process: Worker) -> None:
+    pid = process.pid
+    assert pid is not None
+    process.retire()
+    settle(lambda: not alive(pid))
+
+
+# Several workers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[True, False], ids=["together", "each"])
+def workers(request: pytest.FixtureRequest, runner: str) -> Iterator[Workers]:
+    """Workers that greet with the names of their adapters; one that is called `broken` does not start."""
+
+    def make(adapters: Sequence[AdapterFiles]) -> Worker:
+        greeting = "+".join(adapter.name for adapter in adapters) or "hello"
+        return Worker(runner, {"greeting": greeting}, "The engine 'echo'", isolated=False)
+
+    workers = Workers(make([]), make, together=request.param)
+    yield workers
+    workers.close()
+
+
+def greeting(workers: Workers, adapter: str | None) -> str:
+    with workers.using(adapter) as worker:
+        _, sink = start(worker, "short")
+    settle(lambda: len(sink.payloads) == 3)
+    return str(sink.payloads[0][0])
+
+
+def adapter(name: str) -> AdapterFiles:
+    return AdapterFiles(name, Path(name))
+
+
+def test_requests_go_to_the_worker_of_their_adapter(workers: Workers, request: pytest.FixtureRequest) -> None:
+    assert greeting(workers, None) == "hello"
+    workers.load(adapter("red"))
+    workers.load(adapter("blue"))
+    greeted = [greeting(workers, name) for name in (None, "red", "blue")]
+    together = "together" in request.node.name
+    assert greeted == (["red+blue"] * 3 if together else ["hello", "red", "blue"])
+    workers.unload("red")
+    for name in ("red", "green"):
+        with pytest.raises(AdapterError, match=f"Unknown adapter '{name}'.* Known: blue"):
+            greeting(workers, name)
+        with pytest.raises(AdapterError, match="Known: blue"):
+            workers.unload(name)
+    assert greeting(workers, "blue") == greeted[2]
+
+
+def test_what_runs_while_workers_change_ends_undisturbed(workers: Workers) -> None:
+    workers.load(adapter("red"))
+    with workers.using("red") as worker:
+        key, running = start(worker, "forever")
+    workers.load(adapter("red"))
+    workers.load(adapter("blue"))
+    workers.unload("red")
+    seen = len(running.payloads)
+    settle(lambda: len(running.payloads) > seen)
+    worker.cancel(key)
+    settle(lambda: worker.running == 0)
+    assert running.error is None and not running.cancelled
+
+
+def test_an_adapter_that_fails_to_load_leaves_everything_as_it_was(workers: Workers) -> None:
+    with pytest.raises(ModelError, match="the weights are broken"):
+        workers.load(adapter("broken"))
+    assert greeting(workers, None) == "hello"
+    with pytest.raises(AdapterError, match="Unknown adapter 'broken'"):
+        greeting(workers, "broken")
+
+
+def test_after_closing_nothing_is_loaded(workers: Workers) -> None:
+    workers.close()
+    with pytest.raises(ModelError, match="closed"):
+        workers.load(adapter("red"))
+    with pytest.raises(ModelError, match="closed"):
+        greeting(workers, None)
 
 
 def test_what_the_process_prints_is_not_the_callers_output(process: Worker, capfd: pytest.CaptureFixture[str]) -> None:

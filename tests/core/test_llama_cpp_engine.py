@@ -32,7 +32,8 @@ def llama_cpp_engine(smollm2: Path, smollm2_gguf: Path, sources_runtime: Runtime
     files = ModelFiles(
         "smollm2", ModelSpec(model=str(smollm2_gguf), device="cpu", dtype="float32"), smollm2, (), smollm2, None
     )
-    engine = start_engine(files, gguf_weights(files, sources_runtime, NAME, TYPES["float32"]), slots=4)
+    weights = gguf_weights(files, sources_runtime, NAME, TYPES["float32"])
+    engine = start_engine(files, weights, sources_runtime, slots=4)
     yield engine
     engine.close()
 

@@ -34,7 +34,7 @@ def openvino_engine(smollm2: Path, smollm2_gguf: Path, sources_runtime: Runtime)
     files = ModelFiles(
         "smollm2", ModelSpec(model=str(smollm2_gguf), device="cpu", dtype="float32"), smollm2, (), smollm2, None
     )
-    engine = start_engine(files, gguf_weights(files, sources_runtime, NAME, READ_EXACTLY))
+    engine = start_engine(files, gguf_weights(files, sources_runtime, NAME, READ_EXACTLY), sources_runtime)
     yield engine
     engine.close()
 

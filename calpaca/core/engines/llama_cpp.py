@@ -6,16 +6,18 @@ would lack the same tokens. Its frequency and presence penalties count the promp
 leaves out: they are refused.
 
 A GGUF file stays as it is under LoRA adapters: llama.cpp takes them as files of their own when it starts. What is more
-than LoRA is merged, and so are adapters of a model that is not such a file. Adapters for single requests are not
-offered: llama.cpp goes on from keys and values that it kept of the same prompt under another adapter (xllamacpp
-2026.10.11549: after adapter B, a request without one got B's answer), and it takes no further file while it runs.
+than LoRA is merged, and so are adapters of a model that is not such a file. An adapter for single requests is such a file
+too; since llama.cpp takes no further one while it runs, a process that has it takes over (see `workers`), and requests
+for different adapters take turns (see `turns`). Each request then names the scale of every adapter and its slot, and
+prompts that have lost their slot are not kept: what llama.cpp keeps of those does not tell under which adapter it was
+computed, nor does a request without scales (https://github.com/ggml-org/llama.cpp/issues/26207).
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
@@ -26,9 +28,11 @@ from calpaca.core.engine import Capabilities, FinishReason, Grammar
 from calpaca.core.engines.answer import Progress
 from calpaca.core.engines.dialect import lark_source
 from calpaca.core.engines.native import Job, NativeEngine, cache_tokens, check_cpu, read_model, stored_type, threads
-from calpaca.core.engines.prepared import gguf_with_lora
+from calpaca.core.engines.prepared import gguf_with_lora, lora_file
 from calpaca.core.engines.process import Event, Worker
 from calpaca.core.engines.threads import Neighbours
+from calpaca.core.engines.turns import Turns
+from calpaca.core.engines.workers import Workers
 from calpaca.core.errors import MissingExtraError, ModelError, UnsupportedError
 from calpaca.core.files import AdapterFiles, ModelFiles
 from calpaca.core.grammar import KINDS
@@ -61,7 +65,7 @@ def open_engine(files: ModelFiles, runtime: Runtime) -> NativeEngine:
         raise UnsupportedError(f"The engine '{NAME}' does not compute in bfloat16.", "Use --dtype float16 or float32.")
     check_installed()
     weights, adapters = gguf_with_lora(files, runtime, NAME, TYPES.get(files.spec.dtype))
-    return start_engine(files, weights, adapters)
+    return start_engine(files, weights, runtime, adapters)
 
 
 def check_installed() -> None:
@@ -75,6 +79,7 @@ def check_installed() -> None:
 def start_engine(
     files: ModelFiles,
     weights: Path,
+    runtime: Runtime,
     adapters: Sequence[AdapterFiles] = (),
     *,
     slots: int = SLOTS,
@@ -98,12 +103,17 @@ def start_engine(
         "exact": exact,
         "threads": threads(neighbours),
     }
-    worker = Worker(
-        "calpaca.core.engines.llama_cpp:LlamaCppRunner", arguments, f"The engine '{NAME}'", isolated=isolated
-    )
+
+    def start(beside: Sequence[AdapterFiles]) -> Worker:
+        live = {adapter.name: (str(adapter.path), adapter.scale) for adapter in beside}
+        target = "calpaca.core.engines.llama_cpp:LlamaCppRunner"
+        return Worker(target, {**arguments, "live": live}, f"The engine '{NAME}'", isolated=isolated)
+
+    workers = Workers(start([]), start, together=True)
     capabilities = Capabilities(
         context_length=context,
         grammars=KINDS,
+        adapters=True,
         unsupported=frozenset({"frequency_penalty", "presence_penalty"}),
         details={
             "device": "cpu",
@@ -113,7 +123,20 @@ def start_engine(
             "threads": arguments["threads"],
         },
     )
-    return NativeEngine(NAME, worker, model, capabilities, _translate)
+    return NativeEngine(
+        NAME, workers, model, capabilities, translate=_translate,
+        prepare=lambda adapter: _as_gguf(files, adapter, runtime),
+    )  # fmt: skip
+
+
+def _as_gguf(files: ModelFiles, adapter: AdapterFiles, runtime: Runtime) -> AdapterFiles:
+    """An adapter as a GGUF file. Raises AdapterError for one of another base, UnsupportedError for more than LoRA."""
+    try:
+        return lora_file(files, adapter, runtime)
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            error.message, "Merge it with `calpaca models merge`, or load the model with --adapter."
+        ) from error
 
 
 def _translate(grammar: Grammar) -> tuple[str, str]:
@@ -132,20 +155,26 @@ class LlamaCppRunner:
         weights: str,
         *,
         adapters: Sequence[tuple[str, float]],
+        live: Mapping[str, tuple[str, float]],
         slots: int,
         context: int,
         exact: bool,
         threads: int,
     ) -> None:
         self._folder = TemporaryDirectory(prefix="calpaca-")
-        parameters = _parameters(weights, adapters, slots, context, exact)
+        parameters = _parameters(weights, [*adapters, *live.values()], slots, context, exact)
+        parameters.cache_ram_mib = 0 if live else _IDLE_CACHE
         self._server = _open_server(parameters, Path(self._folder.name), threads)
         self._context = context
-        self._jobs: SimpleQueue[tuple[int, Job] | None] = SimpleQueue()
+        self._fixed = [scale for _, scale in adapters]
+        self._live = {name: scale for name, (_, scale) in live.items()}
+        self._turns = Turns(slots)
+        self._jobs: dict[int, Job] = {}  # that wait for their turn
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._alive: set[int] = set()
         self._cancelled: set[int] = set()
-        self._slots = [Thread(target=self._serve, daemon=True) for _ in range(slots)]
+        self._queues: list[SimpleQueue[tuple[int, Job] | None]] = [SimpleQueue() for _ in range(slots)]
+        self._slots = [Thread(target=self._serve, args=[slot], daemon=True) for slot in range(slots)]
         for slot in self._slots:
             slot.start()
 
@@ -155,11 +184,22 @@ class LlamaCppRunner:
 
     def start(self, key: int, job: Job) -> None:
         self._alive.add(key)
-        self._jobs.put((key, job))
+        self._jobs[key] = job
+        self._turns.add(key, job.adapter, job.prompt)
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Give slots to those whose turn it is."""
+        while (given := self._turns.next()) is not None:
+            key, slot = given
+            self._queues[slot].put((key, self._jobs.pop(key)))
 
     def cancel(self, key: int) -> None:
         if key in self._alive:
             self._cancelled.add(key)
+        if self._turns.remove(key):
+            del self._jobs[key]
+            self._events.put((key, Progress(finish="cancelled"), True))
 
     def step(self) -> list[Event]:
         """What the slots have reported, after a short wait where there is nothing yet."""
@@ -174,23 +214,25 @@ class LlamaCppRunner:
             if last:
                 self._alive.discard(key)
                 self._cancelled.discard(key)
+                self._turns.end(key)
+        self._hand_on()
         return events
 
     def close(self) -> None:
         self._cancelled |= self._alive
-        for _ in self._slots:
-            self._jobs.put(None)
+        for queue in self._queues:
+            queue.put(None)
         for slot in self._slots:
             slot.join()
         del self._server
         self._folder.cleanup()
 
     # In a slot's thread ---------------------------------------------------------------------------------------------
-    def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            self._events.put(self._answer(*job))
+    def _serve(self, slot: int) -> None:
+        while (given := self._queues[slot].get()) is not None:
+            self._events.put(self._answer(slot, *given))
 
-    def _answer(self, key: int, job: Job) -> Event:
+    def _answer(self, slot: int, key: int, job: Job) -> Event:
         """Run one request; its last event."""
         if key in self._cancelled:
             return key, Progress(finish="cancelled"), True
@@ -211,10 +253,17 @@ class LlamaCppRunner:
             return key in self._cancelled
 
         try:
-            self._server.handle_completions(_body(job, self._context), take)
+            self._server.handle_completions({**_body(job, self._context), **self._adapted(slot, job)}, take)
         except Exception as error:
             last = ModelError(f"llama.cpp failed: {error}", "Try another engine.")
         return key, last, True
+
+    def _adapted(self, slot: int, job: Job) -> dict[str, Any]:
+        """Which adapters a request runs under: those of the model, and its own of those beside it."""
+        if not self._live:
+            return {}
+        scales = [*self._fixed, *(scale if name == job.adapter else 0.0 for name, scale in self._live.items())]
+        return {"id_slot": slot, "lora": [{"id": number, "scale": scale} for number, scale in enumerate(scales)]}
 
 
 def _progress(chunk: dict[str, Any], told: int) -> tuple[Progress, int]:
@@ -261,7 +310,6 @@ def _parameters(weights: str, adapters: Sequence[tuple[str, float]], slots: int,
     parameters.n_parallel = slots
     parameters.n_ctx = slots * context
     parameters.n_batch = STEP_TOKENS
-    parameters.cache_ram_mib = _IDLE_CACHE
     parameters.ctx_shift = False
     parameters.fit_params = False
     parameters.warmup = False

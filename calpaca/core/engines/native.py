@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from calpaca.core import gguf
+from calpaca.core.adapters import Adapter
 from calpaca.core.engine import Capabilities, Grammar, Handle, Request, Sampling, refuse_unsupported
 from calpaca.core.engines.answer import Answer
 from calpaca.core.engines.limits import check_bias, check_prompt, new_tokens
 from calpaca.core.engines.process import Worker
 from calpaca.core.engines.threads import Neighbours, threads_beside
+from calpaca.core.engines.workers import Workers
 from calpaca.core.errors import UnsupportedError
-from calpaca.core.files import ModelFiles
+from calpaca.core.files import AdapterFiles, ModelFiles
 from calpaca.core.machine import computing_threads
 from calpaca.core.spec import ModelSpec
 from calpaca.core.template import NamedTemplate, choose_template
@@ -30,12 +32,14 @@ _LOOK_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Job:
-    """A request as a native library takes it. `grammar` is in the library's own form."""
+    """A request as a native library takes it. `grammar` is in the library's own form, `adapter` one of those beside
+    the model."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
     sampling: Sampling
     grammar: tuple[str, str] | None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,28 +125,36 @@ def check_cpu(engine: str, spec: ModelSpec) -> None:
 
 
 class NativeEngine:
-    """An engine whose library runs in a worker. Thread-safe; see `calpaca.core.engine.Engine`.
+    """An engine whose library runs in workers. Thread-safe; see `calpaca.core.engine.AdapterEngine`.
 
-    `translate` turns a grammar into the library's form, and raises UsageError or UnsupportedError.
+    `translate` turns a grammar into the library's form, and raises UsageError or UnsupportedError; `prepare` does so with
+    an adapter's files, and raises AdapterError or UnsupportedError.
     """
 
     def __init__(
         self,
         name: str,
-        worker: Worker,
+        workers: Workers,
         model: NativeModel,
         capabilities: Capabilities,
+        *,
         translate: Callable[[Grammar], tuple[str, str]],
+        prepare: Callable[[AdapterFiles], AdapterFiles],
     ) -> None:
         self.name = name
-        self.worker = worker
+        self.workers = workers
         self.template = choose_template(model.tokenizer, model.template)
         self._model = model
         self._capabilities = capabilities
         self._limit = capabilities.context_length or model.context_length
         self._translate = translate
+        self._prepare = prepare
         self._eos_ids = frozenset(model.eos_ids)
-        worker.open()
+
+    @property
+    def worker(self) -> Worker:
+        """The one that runs the model alone."""
+        return self.workers.base
 
     def capabilities(self) -> Capabilities:
         return self._capabilities
@@ -162,21 +174,44 @@ class NativeEngine:
         check_bias(sampling, self._model.vocabulary_size)
         job = Job(
             tuple(prompt), new_tokens(len(prompt), sampling.max_new_tokens, self._limit), sampling,
-            self._translate(request.grammar) if request.grammar is not None else None,
+            self._translate(request.grammar) if request.grammar is not None else None, request.adapter,
         )  # fmt: skip
         return self._hand_over(request, job)
 
     def _hand_over(self, request: Request, job: Job) -> Handle:
-        key = self.worker.new_key()
-        answer = Answer(
-            request, list(job.prompt), max_new_tokens=job.max_new_tokens, tokenizer=self._model.tokenizer,
-            eos_ids=self._eos_ids, release=lambda: self.worker.cancel(key),
-        )  # fmt: skip
-        self.worker.start(key, job, answer)
+        with self.workers.using(job.adapter) as worker:
+            key = worker.new_key()
+            answer = Answer(
+                request, list(job.prompt), max_new_tokens=job.max_new_tokens, tokenizer=self._model.tokenizer,
+                eos_ids=self._eos_ids, release=lambda: worker.cancel(key),
+            )  # fmt: skip
+            worker.start(key, job, answer)
         return answer.handle
 
+    def load_adapter(self, name: str, path: str | Path, scale: float = 1.0) -> None:
+        """Prepare a LoRA adapter from its folder, and start a process that runs it; see `AdapterEngine`.
+
+        Raises UnsupportedError also for one with another vocabulary, ModelError where there is no room for it.
+        """
+        files = AdapterFiles(name, Path(path), scale)
+        self._check_vocabulary(Adapter(files))
+        self.workers.load(self._prepare(files))
+
+    def _check_vocabulary(self, adapter: Adapter) -> None:
+        own = len(self._model.tokenizer)
+        if (adapter.vocabulary or 0) > self._model.vocabulary_size or (adapter.tokenizer_size or 0) > own:
+            raise UnsupportedError(
+                f"Adapter {adapter.files.name} has {adapter.vocabulary} tokens and the model {own}: it cannot run beside"
+                " others.",
+                "Merge it with `calpaca models merge`, or load the model with --adapter.",
+            )
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests under way with it go on to their end."""
+        self.workers.unload(name)
+
     def close(self) -> None:
-        self.worker.close()
+        self.workers.close()
 
 
 def stored_type(weights: Path) -> str:

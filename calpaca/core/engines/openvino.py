@@ -1,10 +1,15 @@
-"""The openvino engine: OpenVINO GenAI's continuous batching over prepared GGUF weights."""
+"""The openvino engine: OpenVINO GenAI's continuous batching over prepared GGUF weights.
+
+OpenVINO leaves LoRA on a GGUF model out in silence, so adapters are merged. An adapter for single requests is merged too,
+and runs as a model of its own in a process of its own, beside the one without it.
+"""
 
 from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +30,10 @@ from calpaca.core.engines.prepared import gguf_weights
 from calpaca.core.engines.process import BrokenError, Event, Worker, reason
 from calpaca.core.engines.schema_grammar import schema_ebnf
 from calpaca.core.engines.threads import Neighbours
+from calpaca.core.engines.workers import Workers
 from calpaca.core.errors import MissingExtraError, ModelError, UnsupportedError, UsageError
-from calpaca.core.files import ModelFiles
+from calpaca.core.files import AdapterFiles, ModelFiles
+from calpaca.core.weights import free_memory
 
 if TYPE_CHECKING:
     from calpaca.core.runtime import Runtime
@@ -56,7 +63,7 @@ def open_engine(files: ModelFiles, runtime: Runtime) -> NativeEngine:
         )
     check_installed()
     weights = gguf_weights(files, runtime, NAME, READ_EXACTLY)
-    return start_engine(files, weights)
+    return start_engine(files, weights, runtime)
 
 
 def check_installed() -> None:
@@ -67,12 +74,14 @@ def check_installed() -> None:
         raise MissingExtraError(f"The engine '{NAME}'", "openvino", "openvino-genai")
 
 
-def start_engine(files: ModelFiles, weights: Path, *, isolated: bool = True) -> NativeEngine:
+def start_engine(files: ModelFiles, weights: Path, runtime: Runtime, *, isolated: bool = True) -> NativeEngine:
     """The engine on prepared weights. Without `isolated` it runs in this process, and stops it during a step."""
     neighbours = Neighbours()
     model = read_model(files, weights)
     precision = _PRECISIONS.get(files.spec.dtype)
-    tokens = cache_tokens(model, MAX_ROWS * model.context_length, 4 if precision == "f32" else 2)
+    value_bytes = 4 if precision == "f32" else 2
+    tokens = cache_tokens(model, MAX_ROWS * model.context_length, value_bytes)
+    context = min(model.context_length, tokens)
     arguments = {
         "weights": str(weights),
         "blocks": max(tokens // _BLOCK, 2),
@@ -80,9 +89,19 @@ def start_engine(files: ModelFiles, weights: Path, *, isolated: bool = True) -> 
         "precision": precision,
         "threads": threads(neighbours),
     }
-    worker = Worker(
-        "calpaca.core.engines.openvino:OpenVinoRunner", arguments, f"The engine '{NAME}'", isolated=isolated
-    )
+
+    def start(**changed: Any) -> Worker:
+        target = "calpaca.core.engines.openvino:OpenVinoRunner"
+        return Worker(target, {**arguments, **changed}, f"The engine '{NAME}'", isolated=isolated)
+
+    def start_adapted(merged: Sequence[AdapterFiles]) -> Worker:
+        room = _room(merged[0], model, context, value_bytes)
+        return start(weights=str(merged[0].path), blocks=max(room // _BLOCK, 2))
+
+    def merge(adapter: AdapterFiles) -> AdapterFiles:
+        adapted = replace(files, adapters=(*files.adapters, adapter))
+        return replace(adapter, path=gguf_weights(adapted, runtime, NAME, READ_EXACTLY))
+
     details = {
         "device": "cpu",
         "dtype": precision or "auto",
@@ -90,14 +109,29 @@ def start_engine(files: ModelFiles, weights: Path, *, isolated: bool = True) -> 
         "cache_tokens": tokens,
         "threads": arguments["threads"],
     }
-    return NativeEngine(NAME, worker, model, _capabilities(model, tokens, details), _translate)
+    workers = Workers(start(), start_adapted, together=False)
+    return NativeEngine(NAME, workers, model, _capabilities(context, details), translate=_translate, prepare=merge)
 
 
-def _capabilities(model: NativeModel, tokens: int, details: Mapping[str, Any]) -> Capabilities:
+def _room(merged: AdapterFiles, model: NativeModel, context: int, value_bytes: int) -> int:
+    """Tokens that a model merged with an adapter can keep, in a process of its own. Raises ModelError for too few."""
+    weights = merged.path.stat().st_size * value_bytes // 2  # in float32 it is twice as large as its file
+    tokens = cache_tokens(model, MAX_ROWS * model.context_length, value_bytes)
+    if free_memory() < weights or tokens < context:
+        raise ModelError(
+            f"There is no room for adapter {merged.name}: the engine '{NAME}' runs it as a model of its own, of"
+            f" {weights >> 20} MiB, and {free_memory() >> 20} MiB are free.",
+            "Unload another adapter, or use --engine transformers, which runs several on one model.",
+        )
+    return tokens
+
+
+def _capabilities(context: int, details: Mapping[str, Any]) -> Capabilities:
     """The library gives the log probability of the chosen token alone, after temperature and filters: no logprobs."""
     return Capabilities(
-        context_length=min(model.context_length, tokens),
+        context_length=context,
         grammars=frozenset({"json_schema", "regex"}),
+        adapters=True,
         unsupported=frozenset({"logit_bias"}),
         details=details,
     )

@@ -73,14 +73,17 @@ def _lora_files(files: ModelFiles, runtime: Runtime) -> tuple[AdapterFiles, ...]
     if files.tokenizer != files.weights and len(load_tokenizer(files.tokenizer)) != len(load_tokenizer(files.weights)):
         return None
     try:
-        return tuple(replace(adapter, path=_lora_file(files, adapter, runtime)) for adapter in files.adapters)
+        return tuple(lora_file(files, adapter, runtime) for adapter in files.adapters)
     except (UnsupportedError, AdapterError) as error:
         logger.info("The adapters are merged: %s", error)
         return None
 
 
-def _lora_file(files: ModelFiles, adapter: AdapterFiles, runtime: Runtime) -> Path:
-    """One adapter's factors, written once. Its scale is no part of the file."""
+def lora_file(files: ModelFiles, adapter: AdapterFiles, runtime: Runtime) -> AdapterFiles:
+    """An adapter of a model as a GGUF file of its factors, written once. Its scale is no part of the file.
+
+    Raises UnsupportedError for more than low-rank factors, AdapterError for an adapter of another base.
+    """
     from calpaca.core.checkpoint.write import write_model
     from calpaca.core.export.lora import plan_lora
 
@@ -90,7 +93,7 @@ def _lora_file(files: ModelFiles, adapter: AdapterFiles, runtime: Runtime) -> Pa
     target = folder / export.file_name
     if not target.is_file():
         _write_once(partial(write_model, export.model, folder, runtime.jobs), folder)
-    return target
+    return replace(adapter, path=target)
 
 
 def _own_file(files: ModelFiles, runtime: Runtime) -> Path | None:

@@ -136,6 +136,16 @@ class Worker:
             child.end()
         atexit.unregister(self.close)
 
+    def retire(self) -> None:
+        """Take no more jobs, and close with the end of the last that was handed over."""
+        with self._lock:
+            self._closed = True
+            child = self._child
+        if child is None:
+            self.close()
+        else:
+            child.when_idle(self.close)
+
     def _living(self) -> _Child:
         with self._lock:
             if self._closed:
@@ -153,6 +163,7 @@ class _Child:
     def __init__(self, target: str, arguments: dict[str, Any], title: str, *, isolated: bool) -> None:
         self._title = title
         self.sinks: dict[int, Sink] = {}
+        self._when_idle: Callable[[], None] | None = None
         self._lock = threading.Lock()
         self._closing = False
         self._sending = threading.Lock()
@@ -183,6 +194,19 @@ class _Child:
             self.sinks[key] = sink
         self.send(("start", key, job))
         return True
+
+    def when_idle(self, action: Callable[[], None]) -> None:
+        """Have something done once no job is under way, in a thread that it may hold up."""
+        with self._lock:
+            self._when_idle = action
+        self._tell_idle()
+
+    def _tell_idle(self) -> None:
+        with self._lock:
+            if self.sinks or self._when_idle is None:
+                return
+            action, self._when_idle = self._when_idle, None
+        threading.Thread(target=action, name=f"calpaca-{self._title}-end", daemon=True).start()
 
     def send(self, message: Any) -> None:
         """A process that has just ended cannot be told; the reader finds out and tells everybody."""
@@ -215,6 +239,8 @@ class _Child:
             sink.fail(payload)
         elif payload is not None:
             sink.take(payload)
+        if last:
+            self._tell_idle()
 
     def _finish(self) -> None:
         """The process is gone: whoever waits learns why."""
@@ -234,6 +260,7 @@ class _Child:
             else:
                 sink.fail(self.error)
         self._log.close()
+        self._tell_idle()
 
     def _reap(self) -> None:
         assert self.process is not None
