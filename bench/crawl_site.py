@@ -2,7 +2,8 @@
 
     python bench/crawl_site.py [--pages 2000]
 
-Prints its address. `/counts` gives how often each page was asked for, as JSON, and begins to count anew.
+Prints its address. `/counts` gives how often each page was asked for, as JSON, and begins to count anew; `/asked` gives how
+many requests that were so far.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class Site:
         if path == "/counts":
             counts, self._counts = json.dumps(self._counts).encode(), Counter()
             return "200 OK", "application/json", counts
+        if path == "/asked":
+            return "200 OK", "application/json", json.dumps(self._counts.total()).encode()
         found = self._pages.get(path)
         if found is None:
             return "404 Not Found", "text/plain", b""

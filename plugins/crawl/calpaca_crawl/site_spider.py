@@ -16,6 +16,7 @@ from scrapy import Request, Spider, signals
 from scrapy.exceptions import CloseSpider, StopDownload
 from scrapy.http import Response, TextResponse
 from scrapy.linkextractors import LinkExtractor
+from scrapy.utils.gz import gunzip, gzip_magic_number
 from scrapy.utils.sitemap import Sitemap, sitemap_urls_from_robots
 
 from calpaca.core.jobs import Job, step_key
@@ -58,6 +59,7 @@ class SiteSpider(Spider):  # type: ignore[misc]
         self._begun = begun
         self._progress = progress
         self._reader = PageReader()
+        self._most_bytes = int(options.max_megabytes * 1e6)
         self._sitemaps = 0
         self._received: dict[int, float] = {}
         self._ends = time.monotonic() + (options.max_time or float("inf"))
@@ -95,7 +97,9 @@ class SiteSpider(Spider):  # type: ignore[misc]
         self._sitemaps += 1
         if self._sitemaps > _MOST_SITEMAPS:
             return
-        found = Sitemap(response.body)
+        response.meta["depth"] = -1  # what is listed is as near as a start address
+        packed = gzip_magic_number(response)
+        found = Sitemap(gunzip(response.body, max_size=self._most_bytes) if packed else response.body)
         for entry in found:
             if found.type == "sitemapindex":
                 yield Request(entry["loc"], self.parse_sitemap, priority=10)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,6 +80,8 @@ def scrapy_settings(options: WebOptions) -> dict[str, Any]:
         "DOWNLOAD_WARNSIZE": 0,
         "DOWNLOAD_DELAY": options.delay,
         "CONCURRENT_REQUESTS": options.in_flight,
+        # Pages that wait to be read hold up new requests: a kill loses them, and each counts as a kilobyte at least.
+        "SCRAPER_SLOT_MAX_ACTIVE_SIZE": 1024 * options.in_flight,
         "CONCURRENT_REQUESTS_PER_DOMAIN": options.per_host,
         "RETRY_TIMES": options.retries,
         "REDIRECT_MAX_TIMES": 8,
@@ -118,20 +121,31 @@ def distinct(pages: Any, options: WebOptions) -> tuple[list[Page], dict[str, int
 
 def write(pages: Sequence[Page], options: WebOptions) -> None:
     """Write documents in the chosen form. Raises JobError when the disk is full or cannot be written."""
-    try:
+    with _writing(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
+        texts = [page for page in pages if page.file is None]
         if options.form == "jsonl":
-            lines = (json.dumps(page.written(), ensure_ascii=False) + "\n" for page in pages if page.file is None)
             with atomic_file(options.output / "documents.jsonl") as file, file.open("w", encoding="utf-8") as stream:
-                stream.writelines(lines)
+                stream.writelines(json.dumps(page.written(), ensure_ascii=False) + "\n" for page in texts)
             return
-        for page in pages:
-            if page.file is None:
-                with atomic_file(options.output / f"{_file_name(page.url)}.md") as file:
-                    file.write_text(_markdown(page), encoding="utf-8")
+        for page in texts:
+            with atomic_file(options.output / f"{_file_name(page.url)}.md") as file:
+                file.write_text(_markdown(page), encoding="utf-8")
+
+
+def write_report(figures: dict[str, Any], folder: Path) -> None:
+    """Write the report beside the folder. Raises JobError as `write`."""
+    with _writing(folder), atomic_file(report_path(folder)) as file:
+        file.write_text(json.dumps(figures, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise JobError(
-            f"{options.output} cannot be written: {error.strerror or error}.",
+            f"{folder} cannot be written: {error.strerror or error}.",
             "Free some space; the pages are kept: give the same command again.",
         ) from error
 

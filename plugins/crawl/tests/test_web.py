@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,11 +21,7 @@ from calpaca.cli.main import program
 from calpaca.core.errors import JobError, UsageError
 from calpaca.testing import fake_runtime
 
-_spec = importlib.util.spec_from_file_location("trap_site", Path(__file__).with_name("trap_site.py"))
-trap_site_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(trap_site_module)
-trap_site, SUBJECTS, CHINESE = trap_site_module.trap_site, trap_site_module.SUBJECTS, trap_site_module.CHINESE
-
+SUBJECTS = ("falcons", "harbours", "violins", "orchards", "glaciers", "lanterns", "saddles", "planets")
 TRAPS = (
     "/secret",
     "/loop",
@@ -38,20 +36,8 @@ TRAPS = (
     "/calendar/1",
 )
 PAGES = tuple(f"/{subject}" for subject in SUBJECTS)
-FAST = (
-    "--allow-network",
-    "127.0.0.0/8",
-    "--delay",
-    "0",
-    "--retries",
-    "1",
-    "--timeout",
-    "2",
-    "--max-megabytes",
-    "1",
-    "--depth",
-    "4",
-)
+LIMITS = ("--delay", "0", "--retries", "1", "--timeout", "2", "--max-megabytes", "1", "--depth", "4")
+FAST = ("--allow-network", "127.0.0.0/8", *LIMITS)
 
 
 @pytest.fixture
@@ -71,7 +57,7 @@ def report(folder: str = "corpus") -> dict:
     return json.loads(Path(f"{folder}.report.json").read_text(encoding="utf-8"))
 
 
-def test_a_site_with_traps_is_crawled_twice_with_the_same_result(crawl) -> None:
+def test_a_site_with_traps_is_crawled_twice_with_the_same_result(crawl, trap_site) -> None:
     with trap_site((*PAGES, *TRAPS)) as site:
         domains = ("--domain", "127.0.0.1", "--domain", "10.0.0.1")
         first = crawl(site.url, *FAST, *domains)
@@ -91,19 +77,20 @@ def test_a_site_with_traps_is_crawled_twice_with_the_same_result(crawl) -> None:
     assert found["statuses"]["500"] == 2
     assert {"HttpError", "DownloadCancelledError"} <= found["failed"].keys()
     assert max(int(path.rpartition("/")[2]) for path in asked if path.startswith("/calendar")) <= 8
-    assert site.agents == {"None"}
+    assert site.cookies == {"None"}
     assert [file.suffix for file in Path("corpus/files").iterdir()] == [".pdf"]
 
 
-def test_a_page_in_gbk_that_calls_itself_utf_8_is_read(crawl) -> None:
+def test_a_page_in_gbk_that_calls_itself_utf_8_is_read(crawl, trap_site, trap_site_module) -> None:
     with trap_site(("/gbk",)) as site:
         crawl(site.url, *FAST)
+    text = trap_site_module.CHINESE
     (chinese,) = [each for each in documents() if each["url"].endswith("/gbk")]
-    assert CHINESE[:60] in chinese["text"]
+    assert text[:60] in chinese["text"]
     assert (chinese["title"], chinese["language"]) == ("图书馆", "zh")
 
 
-def test_private_addresses_are_refused_unless_they_are_allowed(crawl) -> None:
+def test_private_addresses_are_refused_unless_they_are_allowed(crawl, trap_site) -> None:
     with trap_site(PAGES) as site:
         for start in (
             site.url,
@@ -115,14 +102,14 @@ def test_private_addresses_are_refused_unless_they_are_allowed(crawl) -> None:
         assert not site.asked
 
 
-def test_robots_are_passed_over_only_when_that_is_said(crawl) -> None:
+def test_robots_are_passed_over_only_when_that_is_said(crawl, trap_site) -> None:
     with trap_site(("/secret",)) as site:
         crawl(site.url, *FAST, "--no-robots", "--shortest", "10")
         assert site.asked["/secret"] == 1
         assert site.asked["/robots.txt"] == 0
 
 
-def test_pages_and_patterns_limit_what_is_asked(crawl) -> None:
+def test_pages_and_patterns_limit_what_is_asked(crawl, trap_site) -> None:
     with trap_site((*PAGES, "/calendar/1")) as site:
         crawl(site.url, *FAST, "--exclude", "calendar", "--exclude", "violins")
         assert "/violins" not in site.asked
@@ -132,7 +119,7 @@ def test_pages_and_patterns_limit_what_is_asked(crawl) -> None:
     assert report("few")["pages"] == 3
 
 
-def test_markdown_files_hold_title_and_address(crawl) -> None:
+def test_markdown_files_hold_title_and_address(crawl, trap_site) -> None:
     with trap_site(("/violins",)) as site:
         crawl(site.url, *FAST, "--form", "markdown")
     (page,) = Path("corpus").glob("*violins*.md")
@@ -141,7 +128,7 @@ def test_markdown_files_hold_title_and_address(crawl) -> None:
     )
 
 
-def test_a_crawl_that_was_killed_goes_on_and_asks_for_no_page_twice(crawl, tmp_path) -> None:
+def test_a_crawl_that_was_killed_goes_on_and_asks_for_no_page_twice(crawl, trap_site, tmp_path) -> None:
     with trap_site(PAGES, pause=0.15) as site:
         arguments = ["crawl", "web", site.url, *FAST, "--in-flight", "1", "--no-cache"]
         process = subprocess.Popen([sys.executable, "-m", "calpaca", *arguments], cwd=tmp_path, env=os.environ)
@@ -160,7 +147,7 @@ def test_a_crawl_that_was_killed_goes_on_and_asks_for_no_page_twice(crawl, tmp_p
         assert documents("whole") == whole
 
 
-def test_a_folder_with_other_files_is_left_alone(crawl, tmp_path) -> None:
+def test_a_folder_with_other_files_is_left_alone(crawl, trap_site, tmp_path) -> None:
     Path("corpus").mkdir()
     Path("corpus/mine.txt").write_text("mine")
     with trap_site(PAGES) as site:
@@ -171,3 +158,51 @@ def test_a_folder_with_other_files_is_left_alone(crawl, tmp_path) -> None:
 @pytest.mark.parametrize("address", ["ftp://example.org/", "file:///etc/passwd", "example.org"])
 def test_what_is_no_website_is_refused(crawl, address) -> None:
     assert isinstance(crawl(address).exception, UsageError)
+
+
+def test_the_pages_of_sitemaps_are_begun_with(crawl, trap_site) -> None:
+    with trap_site(()) as site:
+        crawl(site.url, *FAST, "--sitemap", "--depth", "1", "--exclude", "copy")
+        assert site.asked["/harbours"] == 1
+    assert {each["url"].rpartition("/")[2] for each in documents()} >= {"falcons", "harbours", "lanterns"}
+
+
+def test_a_name_that_becomes_private_between_two_requests_is_never_connected_to(crawl, trap_site, monkeypatch) -> None:
+    """The first answer is allowed, all later ones are not: DNS rebinding."""
+    answers = iter(["127.0.0.2"])
+
+    def resolve(_: str, port: int, *__: object, **___: object) -> list:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers, "127.0.0.1"), port))]
+
+    with trap_site(PAGES, host="0.0.0.0") as site:
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        start = f"http://rebinding.test:{site.server_port}/"
+        crawl(start, *LIMITS, "--no-robots", "--allow-network", "127.0.0.2/32")
+        assert site.asked["/"] == 1
+        assert site.reached_at == {"127.0.0.2"}
+
+
+def test_ten_gigabytes_are_not_read(crawl, trap_site) -> None:
+    with trap_site(("/ten-gigabytes", "/violins")) as site:
+        crawl(site.url, *FAST)
+        assert site.sent["/ten-gigabytes"] < 20_000_000
+    assert report()["failed"]["DownloadCancelledError"] == 1
+    assert any(each["url"].endswith("/violins") for each in documents())
+
+
+@pytest.mark.skipif(not shutil.which("unshare") or os.geteuid() != 0, reason="needs the right to mount a tiny disk")
+@pytest.mark.slow
+def test_a_full_disk_is_named_and_what_was_read_is_kept(crawl, trap_site, tmp_path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    with trap_site(PAGES) as site:
+        arguments = [site.url, *FAST, "--output", str(small / "corpus")]
+        command = f"mount -t tmpfs -o size=4k none {small} && exec {sys.executable} -m calpaca crawl web {shlex.join(arguments)}"
+        done = subprocess.run(["unshare", "--mount", "sh", "-c", command], capture_output=True, text=True, check=False)
+        if "mount:" in done.stderr or "unshare:" in done.stderr:
+            pytest.skip("mounting is not allowed here")
+        assert done.returncode == 1
+        assert "cannot be written: No space left on device" in done.stderr
+        asked = sum(site.asked[path] for path in PAGES)
+        assert crawl(*arguments).exit_code == 0
+        assert sum(site.asked[path] for path in PAGES) == asked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 import time
 from collections import Counter
@@ -42,7 +43,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked[self.path] += 1
-        self.server.agents.add(str(self.headers.get("Cookie")))
+        self.server.cookies.add(str(self.headers.get("Cookie")))
+        self.server.reached_at.add(self.connection.getsockname()[0])
         try:
             self._answer(self.path)
         except (BrokenPipeError, ConnectionResetError):
@@ -65,10 +67,24 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(article(f"Day {day}", f"Entry of day {day}.", (f"/calendar/{day + 1}", f"/calendar/{day + 2}")))
         elif path == "/gbk":
             self._send(article("图书馆", CHINESE, charset="gb18030"), kind="text/html; charset=utf-8")
+        elif "sitemap" in path:
+            self._send(*self._sitemap(path))
         elif path == "/manual.pdf":
             self._send(b"%PDF-1.4\n%%EOF\n", kind="application/pdf")
         else:
             self._trap(path)
+
+    def _sitemap(self, path: str) -> tuple[bytes, str]:
+        """An index that names two lists, one of them packed; one page stands in both."""
+        listed = {
+            "/sitemap.xml": ("sitemapindex", "sitemap", ("one-sitemap.xml", "two-sitemap.xml.gz")),
+            "/one-sitemap.xml": ("urlset", "url", ("falcons", "harbours")),
+            "/two-sitemap.xml.gz": ("urlset", "url", ("harbours", "lanterns")),
+        }
+        root, entry, names = listed[path]
+        entries = "".join(f"<{entry}><loc>{self.server.url}{name}</loc></{entry}>" for name in names)
+        xml = f'<{root} xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">{entries}</{root}>'.encode()
+        return (gzip.compress(xml), "application/gzip") if path.endswith(".gz") else (xml, "application/xml")
 
     def _trap(self, path: str) -> None:
         if path.startswith("/loop"):
@@ -77,6 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._redirect("http://10.0.0.1/admin")
         elif path == "/elsewhere":
             self._redirect("file:///etc/passwd")
+        elif path == "/ten-gigabytes":
+            self._endless(b"x" * 65536, 0.0, length=10_000_000_000)
         elif path == "/huge":
             self._endless(b"x" * 65536, 0.0)
         elif path == "/drip":
@@ -91,14 +109,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Set-Cookie", "visitor=1")
         self.end_headers()
 
-    def _endless(self, piece: bytes, pause: float) -> None:
+    def _endless(self, piece: bytes, pause: float, length: int | None = None) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
+        if length is not None:
+            self.send_header("Content-Length", str(length))
         self.send_header("Connection", "close")
         self.end_headers()
         for _ in range(400):
             self.wfile.write(piece)
             self.wfile.flush()
+            self.server.sent[self.path] += len(piece)
             time.sleep(pause)
         self.close_connection = True
 
@@ -121,11 +142,13 @@ class TrapServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, links: tuple[str, ...], pause: float) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, links: tuple[str, ...], pause: float, host: str) -> None:
+        super().__init__((host, 0), _Handler)
         self.links, self.pause = links, pause
         self.asked: Counter[str] = Counter()
-        self.agents: set[str] = set()
+        self.sent: Counter[str] = Counter()
+        self.cookies: set[str] = set()
+        self.reached_at: set[str] = set()
         self.unchanged = 0
 
     @property
@@ -134,8 +157,8 @@ class TrapServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def trap_site(links: tuple[str, ...], pause: float = 0.0) -> Iterator[TrapServer]:
-    server = TrapServer(links, pause)
+def trap_site(links: tuple[str, ...], pause: float = 0.0, host: str = "127.0.0.1") -> Iterator[TrapServer]:
+    server = TrapServer(links, pause, host)
     thread = threading.Thread(target=server.serve_forever, args=[0.05], daemon=True)
     thread.start()
     try:

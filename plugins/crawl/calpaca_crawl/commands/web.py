@@ -36,9 +36,8 @@ def collect(starts: tuple[str, ...], options: WebOptions) -> dict[str, Any]:
     from tqdm import tqdm
 
     from calpaca.core.jobs import JobCancelled
-    from calpaca.core.paths import atomic_file
     from calpaca_crawl.site_spider import KIND
-    from calpaca_crawl.web_crawl import begun, check_output, crawl, report_path
+    from calpaca_crawl.web_crawl import begun, check_output, crawl, report_path, write_report
 
     ledger = shared_runtime().jobs
     what = {"starts": list(starts), "options": options.model_dump(mode="json", exclude={"overwrite"})}
@@ -61,8 +60,7 @@ def collect(starts: tuple[str, ...], options: WebOptions) -> dict[str, Any]:
             raise JobCancelled(
                 "Cancelled; what is read is kept.", f"Go on with: calpaca jobs resume {job.id}"
             ) from None
-        with atomic_file(report_path(options.output)) as file:
-            file.write_text(json.dumps(figures, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_report(figures, options.output)
         if not figures["documents"]:
             raise JobError(
                 f"No page with text was found: {figures['failed'] or figures['statuses']}.",
