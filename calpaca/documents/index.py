@@ -24,7 +24,7 @@ from calpaca.core.jobs import Job, step_key
 from calpaca.core.registry import Component, Registry
 from calpaca.documents import shelf
 from calpaca.documents.hybrid import HybridRetriever
-from calpaca.documents.loaders import FoundFiles, find_files, load_file
+from calpaca.documents.loaders import FoundFiles, check_file, find_files, load_file
 from calpaca.documents.manifest import IndexedChunk, Manifest
 from calpaca.documents.sentences import runs
 from calpaca.documents.shelf import IndexDescription, ShelvedIndex
@@ -177,6 +177,7 @@ class DocumentIndex:
             yield from self._introduce()
             changes = yield from self._changes(found)
             if changes:
+                yield from self._longer_than_read(changes)
                 with start() as job:
                     yield from self._apply(job, changes)
         finally:
@@ -231,6 +232,16 @@ class DocumentIndex:
             chunks[step_key("chunk", path=str(path), text=text, number=seen[text])[:32]] = chunk
             seen[text] += 1
         return chunks
+
+    def _longer_than_read(self, changes: _Changes) -> Iterator[Event]:
+        """Say of which chunks the embedding model does not read the end."""
+        most = self.embedder.max_tokens
+        longer = sum(chunk.metadata["tokens"] > most for file in changes.changed for chunk in file.chunks.values())
+        if longer:
+            yield Notice(
+                f"{longer:,} chunks are longer than the {most} tokens that {self.embedder.name} reads: what lies past them "
+                "is found by its words alone. Lower the chunk size."
+            )
 
     def _nothing_to_read(self, found: FoundFiles) -> DocumentError:
         where = ", ".join(str(path) for path in self.paths)
@@ -339,6 +350,7 @@ def _bytes(text: str) -> int:
 
 
 def _digest(path: Path) -> str:
+    check_file(path)
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +87,11 @@ def _search(folder: Path, known: set[str], found: FoundFiles) -> None:
     """Add the files below `folder`, in the order of their names."""
     seen: set[tuple[int, int]] = set()
     rules: dict[Path, IgnoreRules] = {}
-    for walked, folders, files in os.walk(folder, followlinks=True):
+
+    def unlisted(error: OSError) -> None:
+        found.in_folders.append(Path(error.filename))  # reading it will fail, and be told like a file's
+
+    for walked, folders, files in os.walk(folder, onerror=unlisted, followlinks=True):
         parent = Path(walked)
         status = parent.stat()
         if (status.st_dev, status.st_ino) in seen:  # a link that leads back
@@ -106,7 +111,8 @@ def _add(path: Path, rules: IgnoreRules, known: set[str], found: FoundFiles) -> 
     if rules.leave_out(path):
         found.ignored += 1
     elif suffix in known:
-        found.in_folders.append(path.resolve())
+        # A link that leads nowhere or to itself is told by its own name.
+        found.in_folders.append(path.resolve() if path.exists() else path.absolute())
     else:
         found.unknown[suffix or "no ending"] = found.unknown.get(suffix or "no ending", 0) + 1
 
@@ -121,6 +127,26 @@ def _nearby(path: Path) -> str:
     return f"Did you mean {path.parent / match}?" if match else "Check the path."
 
 
+def check_file(path: Path) -> None:
+    """Look at a file before it is opened: of a pipe nobody may ever write the end.
+
+    Raises DocumentError for what is no ordinary file, cannot be reached, or is too large.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DocumentError(f"{path} cannot be read: {error.strerror or error}.", "Check where it leads to.") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise DocumentError(f"The folder {path} cannot be listed.", "Check its permissions.")
+    if not stat.S_ISREG(status.st_mode):
+        raise DocumentError(f"{path} is no ordinary file, but a pipe or a device.", "Write its text into a file.")
+    if status.st_size > MOST_BYTES:
+        raise DocumentError(
+            f"{path} has {status.st_size >> 20:,} MiB, more than the {MOST_BYTES >> 20:,} MiB that are read.",
+            "Split it into several files.",
+        )
+
+
 def load_file(path: Path, loaders: Registry[Component]) -> list[Document]:
     """Read a file with the loader for its ending; a file with an ending that none knows is tried as text.
 
@@ -128,13 +154,8 @@ def load_file(path: Path, loaders: Registry[Component]) -> list[Document]:
     """
     suffix = path.suffix.lower()
     component = next((loader for loader in loaders if suffix in getattr(loader, "suffixes", ())), None)
+    check_file(path)
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise DocumentError(
-                f"{path} has {size >> 20:,} MiB, more than the {MOST_BYTES >> 20:,} MiB that are read.",
-                "Split it into several files.",
-            )
         documents: list[Document] = list((component or loaders.get("text")).load()(str(path)).lazy_load())
     except CalpacaError:
         raise

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calpaca.core.errors import DownloadError, MissingExtraError, ModelError, ModelNotFoundError
+from calpaca.core.errors import MissingExtraError, ModelError, ModelNotFoundError
 from calpaca.core.reranker import OnnxReranker, Reranker, TorchReranker, open_reranker
 from calpaca.core.runtime import Runtime
-from calpaca.core.settings import Settings
 
 QUESTION = "How many people live in Berlin?"
 PASSAGES = [
@@ -87,29 +86,22 @@ def test_a_name_of_another_kind_is_refused(sources_runtime: Runtime) -> None:
     assert "ms-marco-minilm-l-12" in raised.value.hint
 
 
-@pytest.fixture(scope="module")
-def ms_marco() -> Reranker:
-    from calpaca.plugins.wiring import build_runtime
-
-    try:
-        with build_runtime(Settings()) as runtime:
-            return runtime.reranker("ms-marco-minilm-l-12")
-    except DownloadError as error:
-        pytest.skip(f"the reranker cannot be fetched: {error}")
+@pytest.mark.slow
+def test_the_catalogues_reranker_puts_the_answer_first_by_a_wide_margin(
+    ms_marco: Path, sources_runtime: Runtime
+) -> None:
+    reranker = sources_runtime.reranker("ms-marco-minilm-l-12")
+    assert isinstance(reranker, OnnxReranker)
+    assert reranker.languages == "en"
+    np.testing.assert_allclose(reranker.scores(QUESTION, PASSAGES), [-11.2, 9.2, -4.4], atol=0.5)
 
 
 @pytest.mark.slow
-def test_the_catalogues_reranker_puts_the_answer_first_by_a_wide_margin(ms_marco: Reranker) -> None:
-    assert isinstance(ms_marco, OnnxReranker)
-    assert ms_marco.languages == "en"
-    np.testing.assert_allclose(ms_marco.scores(QUESTION, PASSAGES), [-11.2, 9.2, -4.4], atol=0.5)
-
-
-@pytest.mark.slow
-def test_scores_do_not_depend_on_the_batch(ms_marco: Reranker) -> None:
+def test_scores_do_not_depend_on_the_batch(ms_marco: Path) -> None:
+    reranker = open_reranker("ms-marco", ms_marco)
     texts = [f"{text} " * times for text in PASSAGES for times in (1, 9, 90)]
-    together = ms_marco.scores(QUESTION, texts)
-    alone = np.concatenate([ms_marco.scores(QUESTION, [text]) for text in texts])
+    together = reranker.scores(QUESTION, texts)
+    alone = np.concatenate([reranker.scores(QUESTION, [text]) for text in texts])
     # Its 8-bit activations are scaled by batch, so that padding shifts a score a little.
     np.testing.assert_allclose(together, alone, atol=0.5)
-    assert len(ms_marco.fingerprint) == 64
+    assert len(reranker.fingerprint) == 64

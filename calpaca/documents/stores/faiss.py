@@ -81,17 +81,19 @@ class FaissStore(VectorStore):
         with self._translated():
             self._connection = sqlite3.connect(path or ":memory:", timeout=30, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode=WAL")
-            self._check_version()
-            self._connection.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION};")
+            self._make_tables()
 
-    def _check_version(self) -> None:
+    def _make_tables(self) -> None:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version == _VERSION:
+            return  # and nothing is written: a store on a full disk can be read
         tables = self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'documents'").fetchone()
-        if tables and version != _VERSION:
+        if tables:
             raise DocumentError(
                 f"The vector store {self._path} was made by another version of calpaca.",
                 "Delete it to build it again, or use that version.",
             )
+        self._connection.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION};")
 
     @property
     def embeddings(self) -> Embeddings:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_qdrant import QdrantVectorStore
 from qdrant_client import QdrantClient
-from qdrant_client.http.exceptions import ApiException
+from qdrant_client.http.exceptions import ApiException, UnexpectedResponse
 from qdrant_client.models import Distance, VectorParams
 
 from calpaca.core.errors import DocumentError
@@ -31,19 +32,25 @@ def open_store(folder: Path, embeddings: Embeddings) -> QdrantStore:
     Raises DocumentError when the server does not answer or the folder cannot be opened.
     """
     url = os.environ.get(URL)
-    try:
+    with _translated(f"at {url}" if url else f"in {folder}", "opened"):
         client = (
             QdrantClient(url=url, api_key=os.environ.get(KEY), check_compatibility=False)
             if url
             else QdrantClient(path=str(folder))
         )
         return QdrantStore(embeddings, client, f"calpaca-{folder.parent.name}")
+
+
+@contextmanager
+def _translated(where: str, what: str = "used") -> Iterator[None]:
+    try:
+        yield
     except (ApiException, OSError, RuntimeError, ValueError) as error:
-        where = f"at {url}" if url else f"in {folder}"
+        told = f"{error.status_code} {error.reason_phrase}" if isinstance(error, UnexpectedResponse) else error
         raise DocumentError(
-            f"The Qdrant store {where} cannot be opened: {error}.",
-            f"Check the server and {URL}."
-            if url
+            f"The Qdrant store {where} cannot be {what}: {told}.",
+            f"Check the server, {URL} and {KEY}."
+            if os.environ.get(URL)
             else f"Close the process that has it open, or name a server with {URL}.",
         ) from error
 
@@ -70,17 +77,28 @@ class QdrantStore(QdrantVectorStore):  # type: ignore[misc]  # untyped where the
         described = [
             {**metadata, _NAME: name} for metadata, name in zip(metadatas or [{}] * len(listed), names, strict=True)
         ]
-        super().add_texts(listed, described, [_point(name) for name in names], batch_size=_BATCH)
+        with self._at_work():
+            super().add_texts(listed, described, [_point(name) for name in names], batch_size=_BATCH)
         return names
 
     def delete(self, ids: list[str] | None = None, **_: Any) -> bool | None:
         """Delete documents; ids that are not there are ignored."""
-        return super().delete([_point(name) for name in ids or []]) if ids else True
+        with self._at_work():
+            return super().delete([_point(name) for name in ids or []]) if ids else True
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """The documents with these ids, in this order; unknown ids are left out."""
-        found = {document.id: document for document in super().get_by_ids([_point(name) for name in ids])}
+        with self._at_work():
+            found = {document.id: document for document in super().get_by_ids([_point(name) for name in ids])}
         return [found[name] for name in ids if name in found]
+
+    def similarity_search_with_score(self, *arguments: Any, **named: Any) -> list[tuple[Document, float]]:
+        with self._at_work():
+            return list(super().similarity_search_with_score(*arguments, **named))
+
+    def _at_work(self) -> AbstractContextManager[None]:
+        """Translates what the client raises, as when a server goes away."""
+        return _translated(f"'{self.collection_name}'")
 
     @classmethod
     def _document_from_point(cls, *arguments: Any, **named: Any) -> Document:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from langchain_core.runnables import RunnableConfig
 
+from calpaca.core.errors import ContextOverflowError
 from calpaca.core.events import Event, Notice, Source, Step, Token
 from calpaca_retrieval_qa.budget import chain_inputs
 from calpaca_retrieval_qa.chains import Piece
@@ -27,7 +28,11 @@ def ask(plan: Plan, record: AnswerRecord, cite: CiteMode, prompts: Prompts, conf
         record.cited = checker.answer
     else:
         checker = None
-    yield from _Asking(plan, record, checker).events(config)
+    try:
+        yield from _Asking(plan, record, checker).events(config)
+    except ContextOverflowError as error:
+        error.hint = f"{error.hint} Smaller chunks take less: --chunk-size."
+        raise
     if not record.text.strip():
         yield from nothing_found(record, prompts)
     yield from _citation_notices(record)

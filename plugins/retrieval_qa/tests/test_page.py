@@ -30,14 +30,13 @@ def test_the_page_has_sessions_in_both_languages() -> None:
 
 def test_every_command_of_the_page_parses() -> None:
     """Names and values of all options; nothing is run."""
-    run = program.get_command(click.Context(program), "run")
-    assert isinstance(run, click.Group)
     for command in COMMANDS:
-        name, app, *arguments = shlex.split(command)
-        assert name == "run"
-        found = run.get_command(click.Context(run), app)
+        name, of_group, *arguments = shlex.split(command)
+        group = program.get_command(click.Context(program), name)
+        assert isinstance(group, click.Group)
+        found = group.get_command(click.Context(group), of_group)
         assert found is not None
-        found.make_context(app, arguments, resilient_parsing=False)
+        found.make_context(of_group, arguments, resilient_parsing=False)
 
 
 def test_quotations_of_the_page_stand_at_the_lines_it_names() -> None:
@@ -67,7 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_the_english_sessions_run(folder, monkeypatch, capsys, smollm2, e5) -> None:
+def test_the_english_sessions_run(folder, monkeypatch, capsys, smollm2, e5, ms_marco) -> None:
     monkeypatch.setenv("CALPACA_MODEL", "smollm2-135m-instruct")
     for command in ENGLISH:
         assert main(shlex.split(command)) == 0, command
