@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from calpaca.core.errors import UsageError
+from calpaca.core.errors import UnsupportedError, UsageError
 from calpaca.core.fingerprint import file_digest
 from calpaca_trainer.dataset import DataSource, data_digest
 from calpaca_trainer.errors import DataError
@@ -101,8 +101,13 @@ class PreferenceData:
         return data_digest(self.digests, self.weights)
 
 
-def check_trl() -> None:
-    """Raises UsageError where the package that has the losses is missing."""
+def check_surroundings(processes: int) -> None:
+    """Raises UsageError where the package that has the losses is missing, UnsupportedError for several processes: what KTO
+    measures by is a process's own batch."""
+    if processes > 1:
+        raise UnsupportedError(
+            f"Preferences are learnt in one process, and there are {processes}.", "Leave torchrun and --processes away."
+        )
     if find_spec("trl") is None or find_spec("datasets") is None:
         raise UsageError(
             "Learning from preferences needs the package 'trl', which is not installed.",

@@ -200,7 +200,7 @@ class PreferenceRecipe(Recipe, PreferenceOptions):
         """Raises ValueError for what this training does not do."""
         if self.method == "full":
             raise ValueError("preferences are learnt by an adapter: the model without it is what it is measured by")
-        for name in ("packing", "compile", "deepspeed", "fsdp"):
+        for name in ("packing", "compile", "processes", "deepspeed", "fsdp"):
             if getattr(self, name):
                 raise ValueError(f"'{name}' is for sft and pretrain")
         if self.loss == "kto" and self.batch_size < 2:

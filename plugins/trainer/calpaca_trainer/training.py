@@ -22,10 +22,11 @@ from calpaca.core.spec import AdapterSpec, ModelSpec
 from calpaca_trainer.batches import Batch, BatchOptions, plan_batches, plan_evaluation, split
 from calpaca_trainer.dataset import Dataset, DataSource, Stage, load_dataset
 from calpaca_trainer.estimate import MemoryEstimate, estimate_memory
-from calpaca_trainer.preference_data import check_trl, load_preferences
+from calpaca_trainer.preference_data import check_surroundings, load_preferences
 from calpaca_trainer.processes import Processes, find_processes
 from calpaca_trainer.prompting import Prompting, load_prompting
 from calpaca_trainer.recipe import PreferenceRecipe, Recipe
+from calpaca_trainer.reporters import check_reporters, others, tensorboard
 from calpaca_trainer.run_folder import RunFolder
 from calpaca_trainer.sharding import Sharding, choose_sharding
 from calpaca_trainer.vocabulary_pair import check_vocabularies
@@ -99,6 +100,7 @@ def prepare(recipe: Recipe, stage: Stage, runtime: Runtime) -> Preparation:
 def _prepare(recipe: Recipe, stage: Stage, runtime: Runtime, processes: Processes) -> Preparation:
     if not recipe.datasets:
         raise UsageError("There is nothing to train on.", "Name a file or folder with --dataset.")
+    check_reporters(recipe.report_to)
     sharding = choose_sharding(recipe, processes, _dtype(recipe))
     files, prompting = load_subject(recipe, runtime)
     dataset, members, kept = _load_data(recipe, stage, prompting)
@@ -164,7 +166,7 @@ def _load_data(recipe: Recipe, stage: Stage, prompting: Prompting) -> tuple[Data
 def _reader(recipe: Recipe, stage: Stage, prompting: Prompting) -> Callable[[Sequence[DataSource]], Any]:
     """What reads and renders data for the stage."""
     if isinstance(recipe, PreferenceRecipe):
-        check_trl()
+        check_surroundings(find_processes().count)
         return partial(load_preferences, renderer=prompting.answers(recipe), loss=recipe.loss)
     return partial(load_dataset, rendering=prompting.rendering(recipe, stage))
 
@@ -234,6 +236,11 @@ class _Run:
         self._preparation, self._folder, self._job = preparation, folder, job
         self._processes = preparation.processes
         self._learner: Learner = load_learner(preparation.recipe, preparation.files, preparation.prompting)
+        if self._learner.mixed and not preparation.sharding.autocasts:
+            raise UsageError(
+                "DeepSpeed computes in one type, and here layers that learn whole meet a base in bfloat16.",
+                "Add --dtype float32.",
+            )
         self._trained_parameters = sum(parameter.numel() for _, parameter in self._learner.trained())
         members = preparation.kept if len(preparation.kept) else preparation.members
         self._prompts: list[SamplePrompt] = choose_prompts(
@@ -272,7 +279,7 @@ class _Run:
         patience = [Patience(recipe.patience)] if recipe.patience is not None else []
         args, pad_id = training_arguments(it, self._folder.path, self._learner), it.prompting.eos_ids[0]
         kind: type[CausalTrainer] = CausalTrainer
-        collator: Any = Collator(pad_id, recipe.packing, multiple=64 if recipe.compile else 8)
+        collator: Any = Collator(pad_id, recipe.packing, multiple=self._learner.length_step)
         if isinstance(recipe, PreferenceRecipe):
             from calpaca_trainer.preference_trainer import choose_trainer
 
@@ -285,7 +292,7 @@ class _Run:
             saver=Saver(self._learner, recipe.model or it.files.name, self._settings()),
             metrics=MetricsWriter(self._folder.path),
             sharing=Sharing(self._processes, it.sharding),
-            callbacks=[Progress(self._job), *patience],
+            callbacks=[Progress(self._job), *patience, *tensorboard(recipe.report_to, self._folder.path)],
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -308,14 +315,20 @@ class _Run:
 
         if self._preparation.evaluation:
             trainer.evaluate()
-        if not self._processes.is_first:
+        if not self._takes_part:
             return
         answers = write_answers(self._learner, self._prompts)
         samples = [
             replace(read_prompt(self._learner, prompt), before=answer)
             for prompt, answer in zip(self._prompts, answers, strict=True)
         ]
-        self._folder.write_samples([sample.to_dict() for sample in samples])
+        if self._processes.is_first:
+            self._folder.write_samples([sample.to_dict() for sample in samples])
+
+    @property
+    def _takes_part(self) -> bool:
+        """Whether this process writes answers: the first does, and all where the model is shared out."""
+        return self._processes.is_first or self._preparation.sharding.collective
 
     def _finish(self, trainer: CausalTrainer) -> dict[str, Any]:
         measured = [record["step"] for record in trainer.state.log_history if "eval_loss" in record]
@@ -327,13 +340,11 @@ class _Run:
         return summary
 
     def _answers_after(self, trainer: CausalTrainer) -> list[str]:
-        """What the model writes now, in the first process; where a model is shared out, it takes all of them."""
         from calpaca_trainer.samples import write_answers
 
-        sharding = self._preparation.sharding
-        if not (self._processes.is_first or sharding.collective):
+        if not self._takes_part:
             return []
-        with sharding.unsharded(trainer.model):
+        with self._preparation.sharding.unsharded(trainer.model):
             return write_answers(self._learner, self._prompts)
 
     def _record(self, trainer: CausalTrainer, answers: list[str]) -> dict[str, Any]:
@@ -400,7 +411,7 @@ def training_arguments(preparation: Preparation, output: Path, learner: Learner)
         eval_steps=recipe.eval_every,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        report_to=recipe.report_to or "none",
+        report_to=others(recipe.report_to),
         disable_tqdm=True,
         restore_callback_states_from_checkpoint=recipe.patience is not None,
         **preparation.sharding.arguments(),

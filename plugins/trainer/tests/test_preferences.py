@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from calpaca.core.errors import UsageError
+from calpaca.core.errors import UnsupportedError, UsageError
 from calpaca_trainer.errors import DataError
 from calpaca_trainer.metrics import read_metrics
 from calpaca_trainer.preferences import Preference, read_preference
@@ -186,6 +186,12 @@ def test_rows_that_cannot_be_used_are_listed(preference_recipe, runtime, pairs) 
     pairs.write_text(good)
     with pytest.raises(DataError, match=r"12 of 12 rows cannot be used.* more than --max-length"):
         prepare(preference_recipe(max_length=10), "dpo", runtime)
+
+
+def test_several_processes_are_refused(preference_recipe, runtime, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnsupportedError, match="in one process, and there are 2"):
+        prepare(preference_recipe(), "dpo", runtime)
 
 
 def test_ratings_all_alike_are_refused(preference_recipe, runtime, pairs) -> None:
