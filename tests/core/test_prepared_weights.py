@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from calpaca.core.engine import Engine, Request, Sampling  # noqa: E402
+from calpaca.core.engines.native import NativeEngine  # noqa: E402
 from calpaca.core.engines.prepared import gguf_weights, gguf_with_lora  # noqa: E402
 from calpaca.core.engines.retyped import matrix_types  # noqa: E402
 from calpaca.core.errors import MissingExtraError, UnsupportedError  # noqa: E402
@@ -215,3 +218,26 @@ def test_a_missing_package_is_told_with_its_install_line(
     extra = name.replace("_", "-")
     with pytest.raises(MissingExtraError, match=rf"pip install 'calpaca\[{extra}\]'"):
         load_target(f"calpaca.core.engines.{name}:open_engine", feature=name)(files_of(base), sources_runtime)
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process has now."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["openvino", "llama_cpp"])
+def test_memory_is_flat_over_1000_requests(name: str, base: Path, opened: Callable[..., Engine]) -> None:
+    engine = opened(name, files_of(base, dtype="float32"))
+    assert isinstance(engine, NativeEngine) and engine.worker.pid is not None
+    processes = (os.getpid(), engine.worker.pid)
+
+    def ask(waves: int) -> None:
+        for _ in range(waves):
+            handles = [engine.submit(Request(f"{seed} llamas", Sampling(max_new_tokens=4))) for seed in range(100)]
+            assert all(handle.result(60).usage.completion_tokens for handle in handles)
+
+    ask(5)  # what is kept of these prompts is there by then
+    before = [resident(process) for process in processes]
+    ask(10)
+    assert [(resident(process) - first) >> 24 for process, first in zip(processes, before, strict=True)] == [0, 0]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from calpaca.core.engine import Grammar, Handle, Sampling, Usage
+from calpaca.core.engine import Grammar, Handle, Sampling, TokenLogprob, Usage
 from calpaca.core.errors import UsageError
 from calpaca.core.model import Model
 from calpaca.core.tools import answer_grammar
@@ -21,7 +21,7 @@ from calpaca_openai_api.sampling import (
     refuse_what_the_engine_cannot,
     structured_grammar,
 )
-from calpaca_openai_api.tokens import TokenReader, completion_logprobs, prompt_pieces, prompt_tokens
+from calpaca_openai_api.tokens import TokenReader, completion_logprobs, prompt_pieces, prompt_tokens, shown_pieces
 from calpaca_openai_api.wire import Envelope, usage_fields
 
 DEFAULT_TOKENS = 16
@@ -105,7 +105,7 @@ class CompletionPlan:
                     finish=chunk.finish_reason,
                     stop=chunk.stop,
                     usage=chunk.usage,
-                    prompt=prompt_tokens(prompt.pieces, prompt.ids, scores, engine) if scores else (),
+                    prompt=prompt_tokens(_pieces(prompt, scores), prompt.ids, scores, engine) if scores else (),
                 )
 
     async def _best(self) -> AsyncIterator[Piece]:
@@ -121,6 +121,11 @@ class CompletionPlan:
             for rank, answer in enumerate(ranked):
                 usage = spent if rank == 0 else Usage(spent.prompt_tokens)  # all candidates count, once
                 yield replace(answer, index=prompt * self.body.choices + rank, usage=usage)
+
+
+def _pieces(prompt: Prompt, scores: Sequence[TokenLogprob | None]) -> Sequence[str]:
+    """What each token of a scored prompt stands for; as a server shows its tokens, where one runs the model."""
+    return prompt.pieces or shown_pieces(scores, prompt.text)
 
 
 def _joined(pieces: list[Piece]) -> Piece:
@@ -183,13 +188,14 @@ def _prompt(prompt: str | list[int], model: Model, *, scored: bool) -> Prompt:
         if isinstance(prompt, str):
             return Prompt(prompt)
         raise unsupported("prompt", "the engine that runs this model takes text and no token ids.")
+    remote = engine.capabilities().conversations
     if not isinstance(prompt, str):
         text, ids = engine.decode(prompt), prompt
-    elif engine.capabilities().conversations:
+    elif remote and not scored:
         return Prompt(prompt)  # the server behind it decides what is put around a text
     else:
         text, ids = prompt, engine.encode(prompt, special_tokens=True)
-    return Prompt(text, tuple(ids), prompt_pieces(engine, ids, text) if scored and ids else ())
+    return Prompt(text, tuple(ids), prompt_pieces(engine, ids, text) if scored and ids and not remote else ())
 
 
 class CompletionForm:

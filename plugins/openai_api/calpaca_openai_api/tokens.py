@@ -93,6 +93,13 @@ def prompt_pieces(engine: Engine, token_ids: Sequence[int], text: str) -> tuple[
     return tuple(given)
 
 
+def shown_pieces(entries: Sequence[TokenLogprob | None], text: str) -> tuple[str, ...]:
+    """The same as a server shows its tokens: asking it for each would be slow. The first token's is what is left."""
+    pieces = ["" if entry is None else entry.text for entry in entries]
+    pieces[0] = text[: max(len(text) - sum(map(len, pieces)), 0)]
+    return tuple(pieces)
+
+
 def prompt_tokens(
     pieces: Sequence[str], token_ids: Sequence[int], entries: Sequence[TokenLogprob | None], engine: Engine
 ) -> tuple[Token, ...]:

@@ -115,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.start_stream()
             for chunk in handle:
-                self.event(piece(chunk, chat=chat, count=body.get("top_logprobs" if chat else "logprobs")))
+                self.event(piece(chunk, chat=chat, echoed=self.echoed(body)))
                 if chunk.usage is not None:
                     counts = {
                         "prompt_tokens": chunk.usage.prompt_tokens,
@@ -135,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         sampling = Sampling(
             max_new_tokens=body["max_tokens"],
             temperature=body["temperature"],
-            top_p=body["top_p"],
+            top_p=body.get("top_p", 1.0),
             top_k=body.get("top_k", 0) if knows_more else 0,
             repetition_penalty=body.get("repetition_penalty", 1.0) if knows_more else 1.0,
             seed=body.get("seed"),
@@ -157,7 +157,13 @@ class Handler(BaseHTTPRequestHandler):
             prompt = tuple(engine.encode(body["prompt"], special_tokens=True))
         else:
             prompt = tuple(body["prompt"])
-        return Request(prompt, sampling, grammar, new_text="messages" in body)
+        scored = body["logprobs"] if body.get("echo") and knows_more else None
+        return Request(prompt, sampling, grammar, new_text="messages" in body, prompt_logprobs=scored)
+
+    def echoed(self, body: dict[str, Any]) -> tuple[str, ...]:
+        """The texts of a prompt's tokens, where they are to stand before the answer."""
+        engine = self.server_of.engine
+        return tuple(engine.decode([token]) for token in body["prompt"]) if body.get("echo") else ()
 
     def tokenize(self, body: dict[str, Any]) -> None:
         engine = self.server_of.engine
@@ -228,11 +234,15 @@ def cancel_when_gone(connection: socket.socket, handle: Handle) -> None:
             return
 
 
-def piece(chunk: Chunk, *, chat: bool, count: int | None) -> dict[str, Any]:
-    text = {"delta": {"content": chunk.text}} if chat else {"text": chunk.text}
+def piece(chunk: Chunk, *, chat: bool, echoed: tuple[str, ...] = ()) -> dict[str, Any]:
+    text = {"delta": {"content": chunk.text}} if chat else {"text": "".join(echoed) + chunk.text}
     logprobs = None
     if chunk.logprobs:
         logprobs = chat_logprobs(chunk.logprobs) if chat else completion_logprobs(chunk.logprobs)
+    if chunk.prompt_logprobs:
+        _, *scored = chunk.prompt_logprobs
+        logprobs = completion_logprobs(tuple(entry for entry in scored if entry is not None))
+        logprobs = {key: [None, *values] for key, values in logprobs.items()} | {"tokens": list(echoed)}
     choice = {"index": 0, **text, "logprobs": logprobs, "finish_reason": None, "token_ids": list(chunk.token_ids)}
     if chunk.finish_reason is not None:
         choice |= {"finish_reason": chunk.finish_reason, "stop_reason": chunk.stop}

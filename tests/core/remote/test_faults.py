@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -380,6 +382,24 @@ def test_200_random_cancels_leave_nothing_running(serving, connect) -> None:
         thread.join()
     assert settles(lambda: server.running == 0 and server.engine.running == 0)
     assert all(endpoint.busy == 0 for endpoint in engine._endpoints.all)
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_1000_requests(serving, connect) -> None:
+    engine = connect(serving(FakeEngine(["word " * 20])))
+
+    def ask(waves: int) -> None:
+        for _ in range(waves):
+            handles = [engine.submit(Request(f"{number} llamas", Sampling(max_new_tokens=40))) for number in range(50)]
+            assert all(handle.result(30).text for handle in handles)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    ask(6)
+    before = resident()
+    ask(20)
+    assert resident() - before < 16 << 20  # the server's own list of what it was asked is in it
 
 
 def test_closing_ends_what_runs(serving, connect) -> None:

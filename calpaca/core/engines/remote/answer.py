@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calpaca.core.detokenizer import StopScanner
@@ -111,6 +111,36 @@ class AnswerReader:
         return self._usage or Usage(prompt_estimate, self._tokens, estimated=True)
 
 
+class ScoreReader(AnswerReader):
+    """Reads the log probabilities of the tokens of `prompt`, which come with the prompt's text in one event."""
+
+    def __init__(self, where: str, prompt: Sequence[int], tops: int) -> None:
+        super().__init__(where, tops)
+        self._prompt = prompt
+        self._given = False
+
+    def _read_choice(self, choice: dict[str, Any]) -> Chunk | None:
+        self._end(choice)
+        found = choice.get("logprobs")
+        if self._given or not found:
+            return None
+        self._given = True
+        names, values = found["tokens"], found["token_logprobs"]
+        if len(names) < len(self._prompt):
+            raise ValueError(f"log probabilities of {len(names)} tokens, not {len(self._prompt)}")
+        likeliest = found.get("top_logprobs") or [None] * len(names)
+        scored = zip(self._prompt[1:], names[1:], values[1:], likeliest[1:], strict=False)  # a further token may follow
+        entries = (
+            TokenLogprob(token_id, text, float(value), _alternatives(top, self._tops))
+            for token_id, text, value, top in scored
+        )
+        return Chunk("", prompt_logprobs=(None, *entries))
+
+    def usage(self, prompt_estimate: int) -> Usage:  # noqa: ARG002  # the prompt was sent as tokens
+        """The prompt's tokens; vLLM counts one that it makes and does not show."""
+        return Usage(len(self._prompt), 0)
+
+
 def _usage(counts: Mapping[str, Any]) -> Usage:
     details = counts.get("prompt_tokens_details") or {}
     return Usage(
@@ -129,9 +159,14 @@ def read_logprobs(found: Any, tops: int) -> tuple[TokenLogprob, ...]:
     tokens = found.get("tokens") or []
     likeliest = found.get("top_logprobs") or [None] * len(tokens)
     return tuple(
-        TokenLogprob(-1, token, float(logprob), _best([(-1, text, float(value)) for text, value in (top or {}).items()], tops))
+        TokenLogprob(-1, token, float(logprob), _alternatives(top, tops))
         for token, logprob, top in zip(tokens, found["token_logprobs"], likeliest, strict=True)
-    )  # fmt: skip
+    )
+
+
+def _alternatives(top: Mapping[str, float] | None, tops: int) -> tuple[tuple[int, str, float], ...]:
+    """Alternatives of a completion, which are told by their texts alone."""
+    return _best([(-1, text, float(value)) for text, value in (top or {}).items()], tops)
 
 
 def _entry(entry: Mapping[str, Any], tops: int) -> TokenLogprob:

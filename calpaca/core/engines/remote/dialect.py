@@ -5,7 +5,7 @@ A server ignores a field that it does not know, so each kind is sent only what i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,8 @@ class Dialect:
     sent with every request, and switches off what the server would otherwise do unasked. `most_stops` None: any number.
     `tokenizes`: it turns text into token ids and back, and takes ids as a prompt. `regex`: it knows `structured_outputs`.
     `schema_field` is what a JSON schema is called in a completion, None: as in a chat. `stops_here`: stop texts are
-    looked for on this side, because the server loses text over them. `biases`: it knows `logit_bias`.
+    looked for on this side, because the server loses text over them. `biases`: it knows `logit_bias`. `scores`: it gives
+    log probabilities of a prompt's tokens, before an answer that begins with the prompt (`echo`).
     """
 
     name: str
@@ -44,6 +45,7 @@ class Dialect:
     regex: bool = False
     schema_field: str | None = None
     biases: bool = False
+    scores: bool = False
 
     @property
     def unsupported(self) -> frozenset[str]:
@@ -64,6 +66,7 @@ _VLLM = Dialect(
     names_stops=True,
     tokenizes=True,
     regex=True,
+    scores=True,
 )
 
 DIALECTS: Mapping[str, Dialect] = {
@@ -127,6 +130,20 @@ def write_request(
     if request.conversation is not None:
         return "/chat/completions", {**body, "messages": plain_messages(request.conversation)}
     return "/completions", {**body, "prompt": _prompt(request.prompt)}
+
+
+def write_scoring(prompt: Sequence[int], model: str, alternatives: int) -> tuple[str, dict[str, Any]]:
+    """The same for the log probabilities of a prompt's tokens: an answer of no tokens that begins with the prompt."""
+    body = {
+        "model": model,
+        "prompt": list(prompt),
+        "echo": True,
+        "logprobs": alternatives,
+        "max_tokens": 0,
+        "temperature": 0.0,
+        "stream": True,
+    }
+    return "/completions", body
 
 
 def _prompt(prompt: str | tuple[int, ...]) -> str | list[int]:

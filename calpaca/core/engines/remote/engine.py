@@ -14,6 +14,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from calpaca.core.engine import (
@@ -25,9 +26,9 @@ from calpaca.core.engine import (
 )
 from calpaca.core.engines.limits import DEFAULT_NEW_TOKENS
 from calpaca.core.engines.remote.address import Address, find_servers, read_api_key
-from calpaca.core.engines.remote.answer import AnswerReader
+from calpaca.core.engines.remote.answer import AnswerReader, ScoreReader
 from calpaca.core.engines.remote.client import async_client
-from calpaca.core.engines.remote.dialect import Dialect, write_request
+from calpaca.core.engines.remote.dialect import Dialect, write_request, write_scoring
 from calpaca.core.engines.remote.endpoints import Endpoint, Endpoints
 from calpaca.core.engines.remote.estimate import estimated_prompt, most_tokens
 from calpaca.core.engines.remote.exchange import Exchange, Route
@@ -152,6 +153,7 @@ class RemoteEngine:
             grammars=self._dialect.grammars,
             conversations=True,
             stop_texts=self._dialect.names_stops,
+            prompt_logprobs=self._dialect.scores,
             unsupported=self._dialect.unsupported,
             details={
                 "model": self._model,
@@ -204,10 +206,14 @@ class RemoteEngine:
                 "Name the adapter as the model, where the server offers it as one.",
             )
         refuse_unsupported(self.name, self._capabilities, request)
+        if request.conversation is not None and request.prompt_logprobs is not None:
+            raise UnsupportedError(
+                "The engine 'remote' does not support prompt_logprobs of a conversation.", "Give it text or token ids."
+            )
         wanted = request.sampling.max_new_tokens
         path, body = write_request(request, self._model, self._dialect, wanted or DEFAULT_NEW_TOKENS)
         if not isinstance(request.prompt, str):
-            self._check_length(len(request.prompt), wanted or 1)
+            self._check_length(len(request.prompt), 1 if wanted is None else wanted)
         stops = request.sampling.stop if self._dialect.stops_here else ()
         reader = AnswerReader(self._where(), request.sampling.logprobs or 0, stops)
         work: Exchange = Exchange(request, path, body, Handle(lambda: self._loop.post(work.cancel)), reader)
@@ -236,13 +242,29 @@ class RemoteEngine:
     async def _run(self, work: Exchange) -> None:
         try:
             await self._fit(work)
-            await work.send(self._route)
+            if work.request.prompt_logprobs is not None:
+                await self._score(work, work.request.prompt_logprobs)
+            if work.request.sampling.max_new_tokens != 0:
+                await work.send(self._route)
             work.end()
         except CalpacaError as error:
             work.handle.fail(error)
         except Exception as error:  # whatever went wrong, the reader must learn of it
             log.debug("the remote engine failed", exc_info=error)
             work.handle.fail(ModelError(f"Asking {self._where()} failed: {error!r}", "Set CALPACA_DEBUG=1."))
+
+    async def _score(self, work: Exchange, alternatives: int) -> None:
+        """Ask for the prompt's own log probabilities, before the answer and apart from it: so nothing of the text that
+        a server puts before an answer then has to be taken off it again."""
+        prompt = work.request.prompt
+        if isinstance(prompt, str):
+            prompt = tuple(await self._tokenizer.encode(self._tokenizing_address(), prompt, special_tokens=True))
+        path, body = write_scoring(prompt, self._model, alternatives)
+        reader = ScoreReader(self._where(), prompt, alternatives)
+        scoring = Exchange(replace(work.request, grammar=None), path, body, work.handle, reader)
+        await scoring.send(self._route)
+        if work.request.sampling.max_new_tokens == 0:
+            work.reader, work.first = reader, scoring.first
 
     async def _fit(self, work: Exchange) -> None:
         """Count a prompt that may not fit, where the server counts: some servers cut an answer short in silence."""
@@ -262,7 +284,7 @@ class RemoteEngine:
             tokens = len(await self._tokenizer.encode(address, text, special_tokens=True))
         else:
             tokens = len(request.prompt)
-        self._check_length(tokens, wanted or 1)
+        self._check_length(tokens, 1 if wanted is None else wanted)
         work.body["max_tokens"] = wanted or min(DEFAULT_NEW_TOKENS, length - tokens)
 
     def close(self) -> None:
