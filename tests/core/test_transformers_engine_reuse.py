@@ -154,6 +154,7 @@ def test_guesses_are_what_followed_before_more_of_them_once_they_come_true_and_f
         lookup.note(5, 0)
     assert len(lookup.draft(ids, 5, 50)) == 5
     assert PromptLookup().draft([1, 9, 2, 1], 5, 50) == [9, 2, 1, 9, 2]
+    assert PromptLookup().draft([1, 5, 1, 5, 7, 1, 6, 1], 3, 50) == [5, 7, 1]  # 5 came after 1 more often than 6
     poor = PromptLookup()
     poor.right = 0.0
     assert poor.draft([1, 9, 2, 1], 5, 50) == []  # one token is too little to go by
