@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from calpaca.cli.main import main
 from calpaca.core.errors import UnsupportedError, UsageError
 from calpaca_trainer.errors import DataError
 from calpaca_trainer.metrics import read_metrics
+from calpaca_trainer.preference_data import check_surroundings
 from calpaca_trainer.preferences import Preference, read_preference
 from calpaca_trainer.recipe import PreferenceRecipe, read_recipe
 from calpaca_trainer.rows import Fault, Row
@@ -188,10 +190,23 @@ def test_rows_that_cannot_be_used_are_listed(preference_recipe, runtime, pairs) 
         prepare(preference_recipe(max_length=10), "dpo", runtime)
 
 
-def test_several_processes_are_refused(preference_recipe, runtime, monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_several_processes_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="in one process, and there are 2"):
-        prepare(preference_recipe(), "dpo", runtime)
+        check_surroundings(2)
+
+
+def test_data_check_shows_both_answers(small, pairs, capsys) -> None:
+    typed = ["train", "data", "check", "--model", str(small), "--dataset", str(pairs), "--stage"]
+    assert main([*typed, "dpo"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("12 examples, ")
+    assert [line[0] for line in shown[3:]] == [" ", "+", "-"]
+    assert shown[4] == "+ 'Gladly: 0.'"
+    pairs.write_text(pairs.read_text() + '{"prompt": "a", "completion": "b", "label": true}\n', "utf-8")
+    assert main([*typed, "dpo", "--json"]) == 1
+    assert [each["line"] for each in json.loads(capsys.readouterr().out)["faults"]] == [13]
+    assert main([*typed, "kto", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == 25
 
 
 def test_ratings_all_alike_are_refused(preference_recipe, runtime, pairs) -> None:
