@@ -12,6 +12,9 @@ from tqdm import tqdm
 
 from calpaca.core.events import ContextReport, Event, Notice, Progress, Result, Source, Step, Token
 
+_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+"""What a terminal takes for commands, as a document, its name or an answer may hold them: they are left out."""
+
 
 class AnswerPrinter:
     """Prints events as they come.
@@ -107,7 +110,8 @@ class AnswerPrinter:
 
     def _print(self, result: Result) -> None:
         if self.as_json:
-            self._write(self.out, json.dumps(result.value, ensure_ascii=False, indent=self.indent, default=str) + "\n")
+            self.out.write(json.dumps(result.value, ensure_ascii=False, indent=self.indent, default=str) + "\n")
+            self.out.flush()
             return
         text = "" if self._answered else str(result.value.get(self.answer, ""))
         self._write(self.out, f"{text}\n")
@@ -143,7 +147,7 @@ class AnswerPrinter:
 
     @staticmethod
     def _write(stream: TextIO, text: str) -> None:
-        stream.write(text)
+        stream.write(text.translate(_CONTROLS))
         stream.flush()
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ trailer<</Root 1 0 R/ID[<00><00>]/Encrypt<</Filter/Standard/V 1/R 2/P -4/O<{"00"
 %%EOF"""
 
 
+@cache
 def bomb() -> bytes:
     """A Word document of some hundred kilobytes that would unpack to 257 MiB."""
     buffer = io.BytesIO()
@@ -94,6 +96,7 @@ def test_each_bad_file_of_a_folder_is_one_line_and_the_rest_is_answered_from(fol
     assert again.out == outcome.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_file_that_is_named_is_an_error_of_one_line_with_advice(folder, ask, name: str) -> None:
     make, reason = BAD[name]
