@@ -88,6 +88,7 @@ class Run:
     sampling: Sampling
     spending: Spending
     job: Job
+    attempts: Attempts
     in_flight: int = 8
     scorer: Scorer | None = None
     after_reply: Callable[[], None] = lambda: None
@@ -109,6 +110,7 @@ class Run:
         Raises JobError when requests fail or bring nothing new time after time; what is kept until then stays.
         """
         self._open = list(self.methods)
+        self.spending.lost = sum(self.attempts.lost(), self.spending.lost)
         pending: deque[_Asked] = deque()
         try:
             while self._fill(pending):
@@ -169,18 +171,17 @@ class Run:
     def _start(self, asked: _Asked) -> bool:
         """Send a request unless the ledger has its reply. False where a limit leaves no room for it."""
         asked.recorded = self.job.ledger.get_many([asked.key]).get(asked.key)
-        attempts = Attempts(self.job.ledger)
-        sent = attempts.of(asked.key)
-        most = Usage(asked.generator.prompt_tokens(asked.task), asked.sampling.max_new_tokens or 512)
-        for _ in range(sent - (asked.recorded is not None)):
-            self.spending.lost += most  # earlier runs sent it and have no reply
-        asked.reserved = most if asked.recorded is None else _Reply(**json.loads(asked.recorded)).usage
+        if asked.recorded is not None:
+            asked.reserved = _Reply(**json.loads(asked.recorded)).usage
+        else:
+            prompt_tokens = asked.generator.prompt_tokens(asked.task)
+            asked.reserved = Usage(prompt_tokens, asked.sampling.max_new_tokens or 512)
         self.stopped = self.spending.refusal(asked.reserved) or ""
         if self.stopped:
             return False
         self.spending.reserve(asked.reserved)
         if asked.recorded is None:
-            attempts.note(asked.key, sent)
+            self.attempts.note(asked.key, asked.reserved)
             asked.handle = self._submitted(asked)
         return True
 

@@ -29,6 +29,7 @@ class _Server(ThreadingHTTPServer):
         self.answer, self.delay = answer, delay
         self.count, self.running, self.peak = 0, 0, 0
         self.lock = threading.Lock()
+        self.body: bytes | None = None  # in place of every answer
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -51,6 +52,9 @@ class _Handler(BaseHTTPRequestHandler):
         status, text = server.answer(number)
         with server.lock:
             server.running -= 1
+        if server.body is not None:
+            self._send(200, server.body, "text/event-stream")
+            return
         if status != 200:
             self._send(status, b'{"error": {"message": "not now"}}')
             return
@@ -135,3 +139,47 @@ def test_a_server_that_refuses_every_request_ends_the_run_with_its_words(crawl, 
     assert isinstance(result.exception, CalpacaError)
     assert "not now" in result.exception.message
     assert server.count == 5
+
+
+def test_requests_without_a_reply_count_towards_the_limits_of_this_run_and_the_next(crawl) -> None:
+    limits = ("--in-flight", "1", "--max-new-tokens", "300", "--max-cost", "700", "--price-out", "1000000")
+    with endpoint(lambda _: (500, "")) as server:
+        first = crawl(server, *limits)
+        asked = server.count
+        second = crawl(server, *limits)
+        assert server.count == asked
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    report = json.loads(Path("rows.report.json").read_text())
+    assert (report["stopped"], report["lost_completion_tokens"]) == ("max_cost", 600)
+    assert 600 <= report["cost"] <= 700
+
+
+def test_the_forecast_is_told_after_the_first_replies(crawl) -> None:
+    with endpoint(lambda number: (200, row(number))) as server:
+        result = crawl(server, "--max-rows", "6", "--in-flight", "2")
+    assert "Forecast: 2 rows so far took" in result.stderr
+    assert "6 rows will take about" in result.stderr
+
+
+def test_a_server_that_never_answers_ends_with_the_runs_time(crawl) -> None:
+    with endpoint(lambda number: (200, row(number)), delay=5.0) as server:
+        result = crawl(server, "--max-time", "0.5", "--in-flight", "1")
+    assert result.exit_code == 0, (result.output, result.exception)
+    report = json.loads(Path("rows.report.json").read_text())
+    assert (report["stopped"], report["rows"]) == ("max_time", 0)
+    assert report["seconds"] < 4
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"<html>Welcome</html>", b'data: {"choices": [{"index": 0, "delta": {"con', b""],
+    ids=["garbage", "half", "nothing"],
+)
+def test_an_answer_that_is_none_ends_the_run_with_a_message_and_is_counted(crawl, body) -> None:
+    with endpoint(lambda _: (200, "")) as server:
+        server.body = body
+        result = crawl(server, "--in-flight", "1")
+    assert isinstance(result.exception, CalpacaError), result.output
+    report = json.loads(Path("rows.report.json").read_text())
+    assert report["failed_requests"] or report["rejected"]
+    assert report["rows"] == 0

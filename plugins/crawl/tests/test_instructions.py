@@ -235,3 +235,33 @@ def test_a_prompt_file_of_ones_own_is_used_and_its_mistakes_are_named(crawl) -> 
     result = crawl(Writer(), "rows.jsonl", "--prompts", "own")
     assert isinstance(result.exception, UsageError)
     assert "subject" in result.exception.message
+
+
+def test_rows_with_a_low_score_are_left_out_and_a_score_is_asked_for_once(crawl) -> None:
+    writer, scored = Writer(), []
+
+    def answers(prompt: str) -> str:
+        if "as training data" not in prompt:
+            return writer(prompt)
+        scored.append(prompt)
+        return '{"score": 2}' if len(scored) % 2 else "Score: 5"
+
+    options = ("rows.jsonl", "--score", "fake", "--min-score", "4", "--in-flight", "1")
+    crawl(answers, *options, "--max-rows", "2")
+    assert [row["provenance"]["score"] for row in rows()] == [5, 5]
+    assert report()["rejected"] == {"low_score": 2}
+    assert {each["record"]["score"] for each in rows("rows.rejected.jsonl")} == {2}
+    assert report()["scores"] == {"5": 2}
+    crawl(answers, *options, "--max-rows", "3")
+    assert len(rows()) == 3
+    assert len(scored) == 6
+
+
+def test_a_row_that_gets_no_score_is_left_out(crawl) -> None:
+    writer = Writer()
+    crawl(
+        lambda prompt: "I cannot say." if "as training data" in prompt else writer(prompt),
+        "rows.jsonl", "--score", "fake", "--max-tokens", "6000", "--max-new-tokens", "300", "--in-flight", "1",
+    )  # fmt: skip
+    assert rows() == []
+    assert set(report()["rejected"]) == {"not_scored"}

@@ -52,6 +52,7 @@ def _instructions(ctx: click.Context, /, output: Path | None, **values: Any) -> 
 
 def make(options: InstructionOptions, prompts: Prompts, path: Path) -> dict[str, Any]:
     """Make rows into the file `path`, and give the report's figures. Raises CalpacaError."""
+    from calpaca_crawl.attempts import Attempts
     from calpaca_crawl.budget import Spending
     from calpaca_crawl.filters import Filters
     from calpaca_crawl.methods import METHODS, Method
@@ -72,7 +73,8 @@ def make(options: InstructionOptions, prompts: Prompts, path: Path) -> dict[str,
     job = runtime.jobs.start(KIND, f"Make rows for {path}", _parameters(pool))
     sampling = _sampling(options, setup, runtime)
     spending = Spending(options.budget)
-    run = Run(generators, methods, filters, sampling, spending, job, options.in_flight)
+    attempts = Attempts(runtime.jobs, pool)
+    run = Run(generators, methods, filters, sampling, spending, job, attempts, options.in_flight)
     run.scorer = _scorer(judge, options, prompts, run)
     with job, _written(run, output, options, pool) as figures:
         _follow(run)
