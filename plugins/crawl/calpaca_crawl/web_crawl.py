@@ -100,6 +100,7 @@ def scrapy_settings(options: WebOptions) -> dict[str, Any]:
         },
         "DOWNLOADER_MIDDLEWARES": {
             "calpaca_crawl.site_spider.RecordedPages": 20,
+            **({"calpaca_crawl.browser.RenderedPages": 500} if options.browser else {}),
             "calpaca_crawl.address_guard.AddressGuard": 610,
         },
     }
@@ -163,6 +164,15 @@ def check_output(options: WebOptions, resumed: bool) -> None:
         raise UsageError(f"{folder} holds files that no crawl wrote.", "Name another folder, or say --overwrite.")
 
 
+def check_browser() -> None:
+    """Raise UsageError where pages cannot be rendered."""
+    try:
+        from calpaca_crawl.browser import check
+    except ImportError as error:
+        raise UsageError("Playwright is not installed.", "pip install 'calpaca-crawl[browser]'") from error
+    check()
+
+
 def report_path(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.report.json")
 
@@ -200,6 +210,7 @@ def _figures(stats: dict[str, Any], job: Job) -> dict[str, Any]:
         "retried": stats.get("retry/count", 0),
         "robots_refused": stats.get("robotstxt/forbidden", 0),
         "refused_addresses": stats.get("calpaca/refused_addresses", 0),
+        "rendered": stats.get("calpaca/rendered", 0),
         "unchanged": stats.get("httpcache/revalidate", 0),
         "seconds": round(stats.get("elapsed_time_seconds") or 0.0, 1),
     }

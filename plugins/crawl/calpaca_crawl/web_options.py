@@ -39,6 +39,7 @@ class WebOptions(BaseModel):
     networks: Annotated[list[str], Flag("allow-network")] = Field(
         [], description="Network that is not public and may be asked, such as 192.168.1.0/24 or 127.0.0.1; repeat."
     )
+    browser: bool = Field(False, description="Let a headless Chromium render pages that need JavaScript; slow.")
     pdf: bool = Field(True, description="Keep PDFs.")
     shortest: int = Field(100, ge=0, description="Characters of a page's text, at the least.")
     similarity: float = Field(0.9, gt=0, le=1, description="ROUGE-L from which on a page is a duplicate of another.")

@@ -206,3 +206,23 @@ def test_a_full_disk_is_named_and_what_was_read_is_kept(crawl, trap_site, tmp_pa
         asked = sum(site.asked[path] for path in PAGES)
         assert crawl(*arguments).exit_code == 0
         assert sum(site.asked[path] for path in PAGES) == asked
+
+
+@pytest.mark.slow
+def test_a_page_that_a_script_writes_is_rendered_and_asks_for_nothing_private(crawl, trap_site) -> None:
+    pytest.importorskip("playwright", reason="calpaca-crawl[browser] is not installed")
+    from calpaca_crawl.web_crawl import check_browser
+
+    try:
+        check_browser()
+    except UsageError as error:
+        pytest.skip(error.message)
+    with trap_site(("/scripted",)) as site:
+        result = crawl(site.url, *LIMITS, "--allow-network", "127.0.0.0/8", "--timeout", "20", "--browser")
+        assert result.exit_code == 0, (result.output, result.exception)
+        assert site.asked["/data.json"] == 1
+        assert site.asked["/planets"] == 1
+    (page,) = [each for each in documents() if each["url"].endswith("/scripted")]
+    assert "Glaciers grind rock into flour" in page["text"]
+    assert report()["refused_addresses"] >= 1
+    assert report()["rendered"] >= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import threading
 import time
 from collections import Counter
@@ -22,6 +23,11 @@ _SENTENCES = {
     "planets": "Planets shine by reflected sunlight alone. Astronomers weigh them by their moons. Dust between them glows at dusk.",
 }
 CHINESE = "图书馆位于城市的中心，建于一九五二年，藏书超过三十万册。" * 6
+SCRIPTED = """<html lang="en"><head><title>Scripted</title></head><body><article id="a"></article><script>
+fetch("http://10.0.0.1/inside").catch(() => 0).then(() => fetch("/data.json")).then(answer => answer.json()).then(found => {
+  document.getElementById("a").innerHTML = "<h1>Scripted</h1><p>" + found.text + "</p><a href='/planets'>planets</a>";
+});
+</script></body></html>"""
 LAST_MODIFIED = "Wed, 01 May 2024 10:00:00 GMT"
 
 
@@ -32,6 +38,15 @@ def article(title: str, text: str, links: tuple[str, ...] = (), charset: str = "
         f"<article><h1>{title}</h1>" + "".join(f"<p>{text}</p>" for _ in range(2)) + "</article></body></html>"
     )
     return page.encode(charset)
+
+
+FIXED = {
+    "/robots.txt": (b"User-agent: *\nDisallow: /secret\n", "text/plain"),
+    "/gbk": (article("图书馆", CHINESE, charset="gb18030"), "text/html; charset=utf-8"),
+    "/manual.pdf": (b"%PDF-1.4\n%%EOF\n", "application/pdf"),
+    "/scripted": (SCRIPTED.encode(), "text/html"),
+    "/data.json": (json.dumps({"text": _SENTENCES["glaciers"] * 2}).encode(), "application/json"),
+}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -58,19 +73,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(article(subject.title(), _SENTENCES[subject], ("/", "/falcons", "/copy")), etag=True)
         elif path == "/copy":
             self._send(article("Falcons", _SENTENCES["falcons"]))
-        elif path == "/robots.txt":
-            self._send(b"User-agent: *\nDisallow: /secret\n", kind="text/plain")
         elif path == "/secret":
             self._send(article("Secret", "Nobody who keeps to robots.txt reads this page here at all."))
         elif path.startswith("/calendar/"):
             day = int(path.rpartition("/")[2])
             self._send(article(f"Day {day}", f"Entry of day {day}.", (f"/calendar/{day + 1}", f"/calendar/{day + 2}")))
-        elif path == "/gbk":
-            self._send(article("图书馆", CHINESE, charset="gb18030"), kind="text/html; charset=utf-8")
+        elif path in FIXED:
+            self._send(*FIXED[path])
         elif "sitemap" in path:
             self._send(*self._sitemap(path))
-        elif path == "/manual.pdf":
-            self._send(b"%PDF-1.4\n%%EOF\n", kind="application/pdf")
         else:
             self._trap(path)
 

@@ -37,8 +37,10 @@ def collect(starts: tuple[str, ...], options: WebOptions) -> dict[str, Any]:
 
     from calpaca.core.jobs import JobCancelled
     from calpaca_crawl.site_spider import KIND
-    from calpaca_crawl.web_crawl import begun, check_output, crawl, report_path, write_report
+    from calpaca_crawl.web_crawl import begun, check_browser, check_output, crawl, report_path, write_report
 
+    if options.browser:
+        check_browser()
     ledger = shared_runtime().jobs
     what = {"starts": list(starts), "options": options.model_dump(mode="json", exclude={"overwrite"})}
     started = begun(ledger, KIND, what)
