@@ -38,7 +38,7 @@ demo: setup ## Answer a question about a document
 test: setup-dev ## Run the tests, about ten minutes
 	$(PYTEST) -m "not slow and not suite"
 
-test-slow: setup-dev ## Run the tests that take long or fetch a large asset
+test-slow: setup-dev $(VENV)/.setup-deepspeed ## Run the tests that take long or fetch a large asset
 	$(PYTEST) -m "slow and not suite"
 
 check-api: $(VENV)/.setup-api $(VENV)/.models ## Run the outside suites for the server (Node.js 20 for one of them)
@@ -80,6 +80,12 @@ $(VENV)/.setup-dev: $(VENV)/.setup
 
 $(VENV)/.setup-api: $(VENV)/.setup-dev
 	$(INSTALL) $(PINS) --group api-suites
+	@touch $@
+
+# Without its compiled parts; the one for processes on a CPU is compiled when it is first used. Not part of .setup-dev:
+# wherever DeepSpeed is installed, Accelerate imports it, which takes two seconds.
+$(VENV)/.setup-deepspeed: $(VENV)/.setup-dev
+	DS_BUILD_OPS=0 $(INSTALL) $(PINS) -e "./plugins/trainer[deepspeed,tensorboard]"
 	@touch $@
 
 $(VENV)/.models: $(VENV)/.setup

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from calpaca_trainer.errors import TrainingError
-from calpaca_trainer.sharding import Sharding, layers
+from calpaca_trainer.sharding import Sharding
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -40,7 +40,7 @@ class FullySharded(Sharding):
         if isinstance(model, FSDPModule):
             return
         mesh = init_device_mesh(next(model.parameters()).device.type, (distributed.get_world_size(),))
-        for layer in layers(model):
+        for layer in _layers(model):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
 
@@ -79,3 +79,11 @@ class FullySharded(Sharding):
         state = torch.load(file, map_location="cpu", weights_only=True)
         set_optimizer_state_dict(model, optimizer.optimizer, state, options=_WHOLE)
         return True
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """A model's layers, also under an adapter."""
+    lists = (
+        each for name, each in model.named_modules() if name.endswith(".layers") and isinstance(each, nn.ModuleList)
+    )
+    return list(next(lists, ()))

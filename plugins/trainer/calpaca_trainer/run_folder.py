@@ -94,7 +94,12 @@ class RunFolder:
         self._write(_SUMMARY, summary)
         records = read_metrics(self.path)
         plot_losses(records, self.path / "loss.png")
-        text = "\n".join(_report(summary, records, self.read_samples()))
+        text = "\n".join(
+            [
+                *_report(summary, records, self.read_samples()),
+                *_origins(self._read(_IDENTITY), self._read(_ENVIRONMENT)),
+            ]
+        )
         (self.path / "report.md").write_text(text + "\n", "utf-8")
 
 
@@ -161,3 +166,14 @@ def _report(
         for name in ("prompt", "wanted", "before", "after"):
             quoted = sample[name].strip().replace("\n", "\n> ")
             yield f"**{name.capitalize()}**\n\n> {quoted}\n"
+
+
+def _origins(identity: Mapping[str, Any], environment: Mapping[str, Any]) -> Iterator[str]:
+    """What it was made of, by content, and with what."""
+    yield "\n## What it was made of\n\n| | |\n| --- | --- |"
+    for name in ("base", "adapters", "data", "template"):
+        found = identity.get(name)
+        yield f"| {name} | {', '.join(found) if isinstance(found, list) else found} |"
+    yield f"| versions | {', '.join(f'{name} {version}' for name, version in environment['versions'].items())} |"
+    yield f"| processor | {environment['processor']}, {environment['cores']} cores |"
+    yield "\nAll options are in [recipe.toml](recipe.toml), all measurements in [metrics.jsonl](metrics.jsonl)."

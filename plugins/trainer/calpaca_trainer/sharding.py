@@ -24,6 +24,8 @@ class Sharding:
     """Whether a pass through the model needs all processes at once."""
     in_place = False
     """Whether `shard` does all of it, and nothing else is to wrap the model."""
+    autocasts = True
+    """Whether layers of two types can be computed together."""
     casts = False
     """Whether the whole model is cast to what is computed in, and not only what is frozen."""
 
@@ -88,11 +90,3 @@ def _say_what_deepspeed_computes_on() -> None:
 
     if not cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def layers(model: nn.Module) -> list[nn.Module]:
-    """A model's layers, also under an adapter."""
-    from torch.nn import ModuleList
-
-    lists = (each for name, each in model.named_modules() if name.endswith(".layers") and isinstance(each, ModuleList))
-    return list(next(lists, ()))

@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor, distributed, nn
 
 from calpaca_trainer.errors import TrainingError
-from calpaca_trainer.sharding import Sharding, layers
+from calpaca_trainer.sharding import Sharding
 
 
 class Zero(Sharding):
     """`config` holds DeepSpeed's options, some of them "auto"."""
+
+    autocasts = False
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
@@ -26,14 +28,6 @@ class Zero(Sharding):
 
     def arguments(self) -> dict[str, Any]:
         return {"deepspeed": self._config}
-
-    def shard(self, model: nn.Module) -> None:
-        """DeepSpeed itself does it. A layer that computes its parts together must have them all at once."""
-        if self._stage == 3:
-            from deepspeed.utils import set_z3_leaf_module
-
-            for layer in layers(model):
-                set_z3_leaf_module(layer, True)
 
     def check(self, wrapped: nn.Module) -> None:
         stage = getattr(wrapped, "zero_optimization_stage", lambda: 0)()

@@ -40,6 +40,7 @@ def read_zero_config(recipe: Recipe, processes: int, dtype: str) -> dict[str, An
     _check_names(config, place)
     _check_agreement(config, _said_in_recipe(recipe, processes), place)
     _check_types(config, dtype, place)
+    config.pop("fp16", None)  # not in use, and DeepSpeed refuses values in it that it took once
     _check_with_deepspeed({**config, **_batches(recipe, 1)}, place)  # it does not know of the others yet
     return config
 
@@ -142,4 +143,4 @@ def _check_with_deepspeed(config: dict[str, Any], place: str) -> None:
 
 def _faults(error: Any) -> Iterator[str]:
     for fault in error.errors():
-        yield f"zero_optimization.{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+        yield f"{'.'.join(map(str, fault['loc'])) or error.title}: {fault['msg']}"
