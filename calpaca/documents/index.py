@@ -259,20 +259,31 @@ class DocumentIndex:
     def _apply(self, job: Job, changes: _Changes) -> Iterator[Event]:
         job.expect(changes.texts)
         for group in changes.groups():
-            chunks = {name: chunk for file in group for name, chunk in file.chunks.items()}
-            texts = {name: self._texts(chunk) for name, chunk in chunks.items()}
-            vectors = yield from self._embed(job, dict.fromkeys(chain(*texts.values())), changes.texts)
-            indexed = {
-                name: IndexedChunk(text, np.stack([vectors[each] for each in (text, *sentences)]))
-                for name, (text, *sentences) in texts.items()
-            }
-            self._embeddings.prepared = vectors
-            self._replace(group, chunks, indexed)
-            self._embeddings.prepared = {}
+            stale = self.manifest.chunk_ids(file.path for file in group).difference(*(file.chunks for file in group))
+            for chunks in _parts(group):
+                yield from self._add(job, chunks, changes.texts)
+            self._delete(stale)
+            self.manifest.finish({file.path: file.digest for file in group}, stale)
         self._delete(self.manifest.chunk_ids(changes.gone))
         self.manifest.forget(changes.gone)
         if isinstance(self.store, Prepared):
             self.store.prepare()
+
+    def _add(self, job: Job, chunks: Mapping[str, tuple[str, Document]], total: int) -> Iterator[Event]:
+        """Embed chunks, given by id with the path of their file, and put them into the store and the manifest."""
+        documents = {name: chunk for name, (_, chunk) in chunks.items()}
+        texts = {name: self._texts(chunk) for name, chunk in documents.items()}
+        vectors = yield from self._embed(job, dict.fromkeys(chain(*texts.values())), total)
+        self.manifest.announce(chunks)
+        self._embeddings.prepared = vectors
+        self.store.add_documents(list(documents.values()), ids=list(documents))
+        self._embeddings.prepared = {}
+        self.manifest.write(
+            {
+                name: IndexedChunk(text, np.stack([vectors[each] for each in (text, *sentences)]))
+                for name, (text, *sentences) in texts.items()
+            }
+        )
 
     def _texts(self, chunk: Document) -> list[str]:
         """What is embedded of a chunk: its text, then its sentences where it has several and is prose."""
@@ -299,21 +310,15 @@ class DocumentIndex:
             yield Progress(job.done, total, "texts", "Embedding")
         return vectors
 
-    def _replace(
-        self, group: Sequence[_FileChunks], chunks: Mapping[str, Document], indexed: Mapping[str, IndexedChunk]
-    ) -> None:
-        """Put the chunks of some files into the store in place of those it has of them."""
-        stale = self.manifest.chunk_ids(file.path for file in group) - chunks.keys()
-        for file in group:
-            self.manifest.announce(file.path, file.chunks)
-        if chunks:
-            self.store.add_documents(list(chunks.values()), ids=list(chunks))
-        self._delete(stale)
-        self.manifest.finish({file.path: file.digest for file in group}, indexed, stale)
-
     def _delete(self, names: set[str]) -> None:
         if names:
             self.store.delete(sorted(names))
+
+
+def _parts(group: Sequence[_FileChunks]) -> Iterator[dict[str, tuple[str, Document]]]:
+    """The chunks of some files by id, with the path of each, at most `_GROUP` at once: a file may have any number."""
+    chunks = [(name, (file.path, chunk)) for file in group for name, chunk in file.chunks.items()]
+    return (dict(chunks[start : start + _GROUP]) for start in range(0, len(chunks), _GROUP))
 
 
 def _replacements(new: IndexDescription, others: Sequence[ShelvedIndex]) -> Iterator[Event]:

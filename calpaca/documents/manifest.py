@@ -46,9 +46,9 @@ class Manifest:
     Vectors are kept here too, as float16, a chunk's own first and then those of its sentences: stores do not give out
     theirs, nor do they know sentences.
 
-    Ids are written down before the store gets them and struck out after it has lost them; a file's digest is written
-    last, in one transaction with the words and vectors of its chunks. So after a crash the manifest may name chunks that the store
-    lacks, never the other way round, and the file counts as changed.
+    Ids are written down before the store gets them and struck out after it has lost them; from the first of these to the
+    last a file has no digest. So after a crash the manifest may name chunks that the store lacks, never the other way
+    round, and the file counts as changed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,22 +89,28 @@ class Manifest:
         with self._connection() as connection:
             return int(connection.execute("SELECT count(*) FROM chunks").fetchone()[0])
 
-    def announce(self, path: str, chunks: Mapping[str, Document]) -> None:
-        """Write down chunks of a file by id, with their pages and headings, that the store is about to get."""
+    def announce(self, chunks: Mapping[str, tuple[str, Document]]) -> None:
+        """Write down chunks that the store is about to get, by id, with the path of their file."""
         rows = [
-            (name, path, chunk.metadata.get("page"), chunk.metadata.get("heading")) for name, chunk in chunks.items()
+            (name, path, chunk.metadata.get("page"), chunk.metadata.get("heading"))
+            for name, (path, chunk) in chunks.items()
         ]
         with self._connection() as connection:
+            connection.executemany("DELETE FROM files WHERE path = ?", {(path,) for path, _ in chunks.values()})
             connection.executemany(_ANNOUNCE, rows)
 
-    def finish(self, digests: Mapping[str, str], chunks: Mapping[str, IndexedChunk], stale: Iterable[str]) -> None:
-        """The store has the chunks of these files, given by id, and no longer the stale ones."""
+    def write(self, chunks: Mapping[str, IndexedChunk]) -> None:
+        """Keep words and vectors of announced chunks, given by id, which the store has now."""
         with self._connection() as connection:
-            _strike_out(connection, stale)
             numbers = _numbers(connection, chunks)
             keywords.write(connection, {number: chunks[name].text for name, number in numbers.items()})
             rows = [(number, *_packed(chunks[name].vectors)) for name, number in numbers.items()]
             connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
+
+    def finish(self, digests: Mapping[str, str], stale: Iterable[str]) -> None:
+        """The store has all chunks of these files, and no longer the stale ones."""
+        with self._connection() as connection:
+            _strike_out(connection, stale)
             connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?)", list(digests.items()))
 
     def forget(self, paths: Sequence[str]) -> None:

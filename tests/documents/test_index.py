@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from calpaca.core.errors import DocumentError, JobError
 from calpaca.core.events import Notice
+from calpaca.documents import index as index_module
 from calpaca.testing import FakeEmbedder
 
 STORES = ["faiss", *(pytest.param(name, marks=pytest.mark.filterwarnings("default")) for name in ("chroma", "qdrant"))]
@@ -205,6 +206,27 @@ def test_a_run_that_breaks_off_is_taken_up_where_it_ended(folder, runtime, make_
     sync(index)
     assert len(held(index)) == 11
     assert sorted(broken.texts + runtime.fake_embedder.texts) == held(index)
+
+
+def test_a_file_put_back_after_a_run_broke_off_within_it_leaves_nothing_of_the_other(
+    tmp_path, runtime, make_index, sync, monkeypatch
+) -> None:
+    monkeypatch.setattr(index_module, "_GROUP", 2)  # chunks of one file go into the store in parts
+    file = tmp_path / "a.txt"
+    file.write_text(paragraphs(3, "first"))
+    index = make_index(file)
+    sync(index)
+    before = held(index)
+    file.write_text(paragraphs(9, "second"))
+    runtime.fake_embedder = Interrupted(KeyboardInterrupt(), after=2)
+    with pytest.raises(KeyboardInterrupt):
+        sync(make_index(file))
+    assert len(held(index)) == 7
+    file.write_text(paragraphs(3, "first"))
+    runtime.fake_embedder = FakeEmbedder()
+    sync(make_index(file))
+    assert held(index) == before
+    assert runtime.fake_embedder.texts == []
 
 
 def test_leaving_the_events_early_cancels_the_job(folder, runtime, make_index) -> None:
