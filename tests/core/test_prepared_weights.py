@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import resource
@@ -218,6 +219,55 @@ def test_a_missing_package_is_told_with_its_install_line(
     extra = name.replace("_", "-")
     with pytest.raises(MissingExtraError, match=rf"pip install 'calpaca\[{extra}\]'"):
         load_target(f"calpaca.core.engines.{name}:open_engine", feature=name)(files_of(base), sources_runtime)
+
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def scaled(smollm2: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """`scaled(kind)` makes a small random Llama that looks at positions much."""
+
+    def make(kind: str) -> Path:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, initializer_range=0.15,
+            rope_parameters={"rope_type": kind, "rope_theta": 10_000.0, **SCALINGS.get(kind, {})},
+        )  # fmt: skip
+        LlamaForCausalLM(config).half().save_pretrained(tmp_path / kind)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (tmp_path / kind / name).write_bytes((smollm2 / name).read_bytes())
+        return tmp_path / kind
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(SCALINGS))
+def test_scaled_rotary_positions_are_those_of_transformers_in_llama_cpp(
+    kind: str, scaled: Callable[[str], Path], opened: Callable[..., Engine]
+) -> None:
+    prompts = [f"{'Once upon a time there was a llama who lived ' * 6}{number}" for number in range(4)]
+    files = files_of(scaled(kind), dtype="float32")
+    ours, theirs = (answers(opened(name, files), prompts) for name in ("llama_cpp", "transformers"))
+    assert ours == theirs
+    assert theirs != answers(opened("transformers", files_of(scaled("default"), dtype="float32")), prompts)
+
+
+@pytest.mark.parametrize("kind", [*SCALINGS, "dynamic"])
+def test_openvino_which_leaves_the_scaling_of_rotary_positions_out_refuses_it_by_name(
+    kind: str, tmp_path: Path, opened: Callable[..., Engine]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"rope_scaling": {"type": kind, "factor": 2.0}}))
+    with pytest.raises(UnsupportedError, match=f"leaves out the rotary scaling of .*'{kind}'"):
+        opened("openvino", files_of(tmp_path))
 
 
 def resident(pid: int) -> int:

@@ -9,11 +9,19 @@ length they are exact, so that is how far they go here.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 log = logging.getLogger("calpaca")
 
 CHANGING = ("dynamic", "longrope")
+
+
+def scaling(config: Mapping[str, Any]) -> str | None:
+    """The kind of scaling that a `config.json` states, by the keys of transformers 5 or of older versions."""
+    stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = stated.get("rope_type") or stated.get("type")
+    return None if kind in {None, "default"} else str(kind)
 
 
 def usable_context(config: Any, context_length: int) -> int:
