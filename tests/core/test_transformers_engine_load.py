@@ -185,6 +185,25 @@ def test_a_row_waits_for_memory_that_others_use_and_one_that_never_fits_is_refus
         engine.submit(Request(prompt(100), Sampling(max_new_tokens=1000))).result(60)
 
 
+def test_on_a_device_that_lays_slots_out_at_once_their_whole_length_counts(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = slots.SlotCache(weights(smollm2))
+    cache._device = torch.device("meta")  # as little a CPU as CUDA is
+    free = 3 * 2048
+    monkeypatch.setattr(slots, "free_memory", lambda: slots.KEPT_FREE + free * cache._token_bytes)
+    first = cache.take(600)  # of 2048
+    assert first is not None and cache.missing(600) == -2048 * cache._token_bytes  # the first is not laid out yet
+    assert cache.take(600) is not None
+    first.shelf.layers = {layer: (torch.empty(0), torch.empty(0)) for layer in range(2)}
+    free = 2047
+    assert cache.missing(600) == (2048 * (2 + 1) - 2047) * cache._token_bytes  # two slots more, and a layer's old ones
+    assert cache.take(600) is None
+    first.shelf.release(first)
+    assert cache.missing(600) < 0  # a slot that is there takes nothing more
+    assert cache.take(600) is not None
+
+
 @pytest.mark.slow
 def test_a_short_request_among_16_long_ones_is_served_soon(engine: TransformersEngine) -> None:
     def first_token(seed: int) -> float:

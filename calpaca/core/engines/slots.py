@@ -47,10 +47,15 @@ class Shelf:
         self.places: list[Place | None] = []
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def growth(self) -> int:
+        """How many slots are laid out when the next one is taken."""
+        return 0 if None in self.places else max(1, len(self.places))
+
     def take(self, tokens: int) -> Place:
         """The first free slot; their number doubles when none is."""
-        if None not in self.places:
-            self._grow(max(1, 2 * len(self.places)))
+        if self.growth:
+            self._grow(len(self.places) + self.growth)
         place = Place(self, self.places.index(None), tokens)
         self.places[place.slot] = place
         return place
@@ -151,8 +156,21 @@ class SlotCache:
 
     def missing(self, tokens: int) -> int:
         """Bytes that would have to be freed before a row that gets as long as `tokens` can have a slot."""
-        promised = tokens + sum(place.tokens - place.filled for place in self._running())
-        return promised * self._token_bytes - (self.free_memory - KEPT_FREE)
+        needed = self._promised(tokens) if self._device.type == "cpu" else self._laid_out(tokens)
+        return needed * self._token_bytes - (self.free_memory - KEPT_FREE)
+
+    def _promised(self, tokens: int) -> int:
+        """Tokens that are still to be written: on a CPU only those take memory."""
+        return tokens + sum(place.tokens - place.filled for place in self._running())
+
+    def _laid_out(self, tokens: int) -> int:
+        """Tokens that there is room to be made for at once: elsewhere a slot takes all of its memory from the start, and
+        while a layer moves to more slots its old ones are there too."""
+        capacity = self._capacity(tokens)
+        shelf = self.shelves.get(capacity, Shelf(capacity))
+        coming = sum(len(each.places) * each.capacity for each in self.shelves.values() if not each.layers)
+        copied = len(shelf.places) / len(shelf.layers) if shelf.growth and shelf.layers else 0
+        return coming + int((shelf.growth + copied) * capacity)
 
     def take(self, tokens: int) -> Place | None:
         """A slot for a row that gets as long as `tokens`; None while the rows under way need the memory.
