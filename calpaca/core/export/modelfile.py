@@ -14,6 +14,8 @@ from calpaca.core.template import ChatTemplate, Message
 
 MODELFILE = "Modelfile"
 
+_QUOTES = '"""'
+
 _SYSTEM, _USER, _ANSWER, _NEXT = "System text 1.", "User text 2.", "Answer text 3.", "User text 4."
 _TALK: tuple[Message, ...] = (
     {"role": "user", "content": _USER},
@@ -123,7 +125,7 @@ def recognise(template: ChatTemplate, *, add_bos: bool) -> OllamaTemplate | None
         if family.render(None, template.special_tokens) == without:
             return OllamaTemplate(family.name, family.source, family.stop)
         system = _default_system(with_system, without)
-        if system is not None and family.render(system, template.special_tokens) == without:
+        if system is not None and _QUOTES not in system and family.render(system, template.special_tokens) == without:
             return OllamaTemplate(family.name, family.source, family.stop, system)
     return None
 
@@ -162,4 +164,5 @@ def modelfile(weights: str, template: ChatTemplate | None, *, add_bos: bool, ada
 
 
 def _quoted(text: str) -> str:
-    return f'"""{text}"""' if '"' in text or "\n" in text else f'"{text}"'
+    """An argument as Ollama reads it: nothing is escaped, so a text must not hold the marks that enclose it."""
+    return f"{_QUOTES}{text}{_QUOTES}" if '"' in text or "\n" in text else f'"{text}"'
