@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -193,15 +193,19 @@ class Recipe(DataOptions, SubjectOptions, MethodOptions, OptimisationOptions, Pr
 
 
 class PreferenceRecipe(Recipe, PreferenceOptions):
-    """Everything that decides a run on preferences."""
+    """Everything that decides a run on preferences: an adapter learns, in one process, and the model without it is what it
+    is measured by."""
+
+    absent: ClassVar[frozenset[str]] = frozenset(
+        {"unit", "loss_on", "method", "trainable", "packing", "compile", "processes", "deepspeed", "fsdp"}
+    )
+    """Fields that are for other training; they have no flag, and only their defaults are taken."""
 
     @model_validator(mode="after")
     def _agree_on_preferences(self) -> PreferenceRecipe:
         """Raises ValueError for what this training does not do."""
-        if self.method == "full":
-            raise ValueError("preferences are learnt by an adapter: the model without it is what it is measured by")
-        for name in ("packing", "compile", "processes", "deepspeed", "fsdp"):
-            if getattr(self, name):
+        for name in sorted(self.absent):
+            if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"'{name}' is for sft and pretrain")
         if self.loss == "kto" and self.batch_size < 2:
             raise ValueError("'loss' kto needs a 'batch_size' of at least 2: a batch's rows are compared")

@@ -167,7 +167,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(preference_recipe, runtime, tmp_
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"method": "full"}, "learnt by an adapter"),
+        ({"method": "full"}, "'method' is for sft"),
         ({"packing": True}, "'packing' is for sft"),
         ({"loss": "kto", "batch_size": 1}, "at least 2"),
         ({"bad_weight": 2.0}, "belong to --loss kto"),

@@ -84,7 +84,7 @@ def llama_style(smollm2: Path, pieces: Path, tmp_path: Path) -> Path:
 def test_a_longer_vocabulary_more_pre_training_and_a_new_adapter_on_the_merged_base(
     typed, llama_style: Path, tmp_path: Path
 ) -> None:
-    learn = ("--learning-rate", "0.003", "--samples", "0", "--max-length", "80", "--batch-size", "2")
+    learn = ("--learning-rate", "0.003", "--samples", "0", "--max-length", "128", "--batch-size", "2")
     # The vocabulary, and rows for its new tokens.
     typed("vocab", "train", EXAMPLES / "handbook.zh.md", "--vocab-size", "400", "--type", "bpe", "--coverage", "0.98",
           "--output", "chinese.model")  # fmt: skip
@@ -128,7 +128,7 @@ def test_a_longer_vocabulary_more_pre_training_and_a_new_adapter_on_the_merged_b
 
 
 def test_an_adapter_goes_on_and_chat_shows_what_it_learnt(typed, smollm2: Path, tmp_path: Path) -> None:
-    learn = ("--learning-rate", "0.002", "--samples", "0", "--max-length", "80", "--batch-size", "2")
+    learn = ("--learning-rate", "0.002", "--samples", "0", "--max-length", "96", "--batch-size", "2")
     base = ("--model", smollm2)
     first = rows(tmp_path / "first.jsonl", (QUESTION, ANSWER))
     folder = typed("train", "sft", *base, "--dataset", first, "--max-steps", "20", *learn, "--output", "one").strip()

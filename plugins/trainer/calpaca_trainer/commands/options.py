@@ -15,7 +15,6 @@ def recipe_flags(command: str, model: type[BaseModel]) -> list[click.Option]:
 
 
 def groups(model: type[BaseModel]) -> dict[str, str]:
-    """The heading of every field."""
-    return {
-        name: title for title, owner in HEADINGS.items() for name in owner.model_fields if name in model.model_fields
-    }
+    """The heading of every field that has a flag."""
+    shown = model.model_fields.keys() - getattr(model, "absent", frozenset())
+    return {name: title for title, owner in HEADINGS.items() for name in owner.model_fields if name in shown}
