@@ -18,6 +18,7 @@ from pydantic import Field
 from calpaca.core.engine import Sampling
 from calpaca.core.errors import ModelError, UsageError
 from calpaca.core.near_duplicates import THRESHOLD
+from calpaca.core.sources import resolve_model
 from calpaca.core.spec import ModelSpec
 from calpaca.core.text_measures import contains_answer, f1
 from calpaca.plugins.options import Flag, ModelOptions, SamplingOptions
@@ -117,6 +118,8 @@ def prepare_gate(options: GateOptions, runtime: Runtime) -> Gate:
             f" read, {len(leaks)} of them were trained on.{first}",
             "Name more questions with --dataset.",
         )
+    if resolved.model is None:  # the default of today, which a name must not leave to tomorrow's
+        resolved = resolved.model_copy(update={"model": resolve_model(None, runtime, format="hf").name})
     base = resolved.model_copy(update={"adapters": resolved.adapters[:-1]})
     return Gate(options, base, resolved, left, leaks, faults)
 
