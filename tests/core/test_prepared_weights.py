@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from calpaca.core.engine import Engine, Request, Sampling  # noqa: E402
-from calpaca.core.engines.native import NativeEngine  # noqa: E402
+from calpaca.core.engines.native import NativeEngine, attended_length  # noqa: E402
 from calpaca.core.engines.prepared import gguf_weights, gguf_with_lora  # noqa: E402
 from calpaca.core.engines.retyped import matrix_types  # noqa: E402
 from calpaca.core.errors import MissingExtraError, UnsupportedError  # noqa: E402
@@ -268,6 +268,24 @@ def test_openvino_which_leaves_the_scaling_of_rotary_positions_out_refuses_it_by
     (tmp_path / "config.json").write_text(json.dumps({"rope_scaling": {"type": kind, "factor": 2.0}}))
     with pytest.raises(UnsupportedError, match=f"leaves out the rotary scaling of .*'{kind}'"):
         opened("openvino", files_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"sliding_window": 64}, 64),
+        ({"sliding_window": 64, "use_sliding_window": False}, 256),
+        ({"sliding_window": None}, 256),
+        ({"sliding_window": 4096}, 256),
+    ],
+    ids=["window", "unused", "none", "wide"],
+)
+def test_a_window_that_native_libraries_do_not_have_ends_the_context(
+    config: dict[str, Any], length: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert attended_length(files_of(tmp_path), 256) == length
+    assert ("looks back 64 tokens" in caplog.text) == (length == 64)
 
 
 def resident(pid: int) -> int:

@@ -3,6 +3,7 @@ templates, stop texts and limits are dealt with here, as for every other engine.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from calpaca.core.spec import ModelSpec
 from calpaca.core.template import NamedTemplate, choose_template
 from calpaca.core.tokenizer import Tokenizer, load_tokenizer
 from calpaca.core.weights import check_vocabulary, free_memory
+
+log = logging.getLogger("calpaca")
 
 _LOOK_SECONDS = 0.1
 """For which other processes are watched at least; reading the files usually takes longer."""
@@ -70,11 +73,29 @@ def read_model(files: ModelFiles, weights: Path) -> NativeModel:
     return NativeModel(
         tokenizer,
         files.template,
-        number("context_length"),
+        attended_length(files, number("context_length")),
         vocabulary,
         _eos_ids(files.weights, tokenizer),
         2 * number("block_count") * number("attention.head_count_kv", heads) * head_size,
     )
+
+
+def attended_length(files: ModelFiles, context_length: int) -> int:
+    """How long a text may be for a library that lets each token see all before it; says so where the model has a window,
+    which makes that shorter."""
+    from calpaca.core.convert.json_file import read_object
+
+    file = files.weights / "config.json"
+    config = read_object(file) if file.is_file() else {}
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if not window or window >= context_length:
+        return context_length
+    log.warning(
+        "%s looks back %d tokens, which this engine cannot: the context is as long. --engine transformers has all of it.",
+        files.name,
+        window,
+    )
+    return int(window)
 
 
 def _eos_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
