@@ -5,6 +5,7 @@ A face is a way from messages to token ids. A new one is added to `FACES` and is
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,9 @@ torch = pytest.importorskip("torch")
 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from calpaca.core.conversation import Conversation  # noqa: E402
 from calpaca.core.engine import Sampling  # noqa: E402
+from calpaca.core.files import find_files  # noqa: E402
 from calpaca.core.golden import CONTROL_TOKENS, CONVERSATIONS, GoldenRendering, render_golden  # noqa: E402
 from calpaca.core.langchain import ChatCalpaca  # noqa: E402
 from calpaca.core.model import Model  # noqa: E402
@@ -68,6 +71,52 @@ def chat(folder: Path, messages: Messages) -> list[int]:
     return list(prompts.pop())
 
 
+def session(folder: Path, messages: Messages) -> list[int]:
+    """As `calpaca chat` does it: the messages are those of a kept session."""
+    model, prompts = model_and_prompts(folder)
+    kept = runtime().sessions.new({})
+    for message in messages:
+        kept.add(message["role"], message["content"])
+    list(Conversation(kept, model, Sampling(max_new_tokens=1)).answer())
+    return list(prompts.pop())
+
+
+def server(folder: Path, messages: Messages) -> list[int]:
+    """As a client of the OpenAI-compatible server gets it."""
+    _, prompts = model_and_prompts(folder)
+    body = {"model": folder.name, "messages": [dict(each) for each in messages], "max_tokens": 1}
+    response = asyncio.run(asked(folder, body))
+    assert response.status_code == 200, response.text
+    return list(prompts.pop())
+
+
+async def asked(folder: Path, body: dict[str, Any]) -> Any:
+    httpx, served, api = (
+        pytest.importorskip(name) for name in ("httpx2", "calpaca_openai_api.served", "calpaca_openai_api.server")
+    )
+    settings = pytest.importorskip("calpaca_openai_api.settings")
+    models = served.ServedModels(runtime(), ModelSpec(model=str(folder)))
+    app, _ = api.build_app(models, settings.ServeOptions(), {})
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+        return await client.post("/v1/chat/completions", json=body | {"model": models.main.id}, timeout=60)
+
+
+def training(folder: Path, messages: Messages) -> list[int]:
+    """The context in which `calpaca train sft` learns an answer."""
+    prompting = pytest.importorskip("calpaca_trainer.prompting")
+    rendering = pytest.importorskip("calpaca_trainer.rendering")
+    conversation = pytest.importorskip("calpaca_trainer.conversation")
+    known = prompting.load_prompting(find_files(ModelSpec(model=str(folder)), runtime()))
+    renderer = rendering.ConversationRenderer(
+        known.template, known.tokenizer, known.eos_ids, loss_on="last", max_length=1024
+    )
+    answered = conversation.Conversation((*messages, {"role": "assistant", "content": "An answer."}))
+    ((example,),) = renderer.render([answered])
+    ((start, _),) = example.spans
+    return list(example.ids[:start])
+
+
 def langchain(folder: Path, messages: Messages) -> list[int]:
     _, prompts = model_and_prompts(folder)
     ChatCalpaca(model=str(folder), runtime=runtime(), max_new_tokens=1).invoke([dict(each) for each in messages])
@@ -82,9 +131,23 @@ def hugging_face(folder: Path, messages: Messages) -> list[int]:
 
 
 @cache
+def rewritten(folder: Path) -> Path:
+    from calpaca.core.checkpoint.write import write_model
+    from calpaca.core.export.hugging_face import plan_hugging_face
+
+    output = folder.with_name(f"{folder.name}-hf")
+    write_model(plan_hugging_face(folder), output, runtime().jobs)
+    return output
+
+
+def hugging_face_export(folder: Path, messages: Messages) -> list[int]:
+    """As transformers alone uses the folder that `calpaca models export --format hf` writes."""
+    return hugging_face(rewritten(folder), messages)
+
+
+@cache
 def exported(folder: Path) -> Path:
     from calpaca.core.export.gguf_export import GgufOptions, export_gguf
-    from calpaca.core.files import find_files
 
     output = folder.with_name(f"{folder.name}-gguf")
     files = find_files(ModelSpec(model=str(folder)), runtime())
@@ -97,8 +160,11 @@ def gguf_export(folder: Path, messages: Messages) -> list[int]:
     return chat(exported(folder), messages)
 
 
-FACES: dict[str, Face] = {"chat": chat, "langchain": langchain, "hugging face": hugging_face, "GGUF": gguf_export}
-OBEDIENT = {"hugging face"}
+FACES: dict[str, Face] = {
+    "chat": chat, "session": session, "server": server, "training": training, "langchain": langchain,
+    "hugging face": hugging_face, "hugging face export": hugging_face_export, "GGUF": gguf_export,
+}  # fmt: skip
+OBEDIENT = {"hugging face", "hugging face export"}
 """Faces of other programs, which obey control tokens that a message spells."""
 TAKES_NO_NORMALISING = {"GGUF"}
 """The SentencePiece vocabulary of these tests normalises white space; a GGUF file cannot say so and is refused. Those of
@@ -176,6 +242,7 @@ def test_our_faces_agree_on_a_sentencepiece_vocabulary(name: str, sentencepiece:
         assert tuple(FACES[name](sentencepiece, messages)) == expected[conversation].token_ids, conversation
 
 
+@pytest.mark.slow
 def test_a_gguf_file_brings_the_template_and_the_vocabulary_that_render_alike(
     smollm2_gguf: Path, smollm2: Path
 ) -> None:
