@@ -1,6 +1,6 @@
 """How well passages are found, and questions told apart that the documents answer from those they do not.
 
-    python bench/evidence.py [--ranking [--rerank ms-marco-minilm-l-12]] [../shared/data]
+    python bench/evidence.py [--ranking [--rerank ms-marco-minilm-l-12 [--languages en zh]]] [../shared/data]
 
 With `--ranking`, how well the paragraph that answers each question of XQuAD (English, Chinese, and across) and of CMRC's
 trial set (Chinese) is found among all of its set: the share whose paragraph comes first (R@1), is among the first five
@@ -47,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranking", action="store_true")
     parser.add_argument("--rerank", metavar="MODEL")
+    parser.add_argument("--languages", nargs="+", choices=("en", "zh"), default=("en", "zh"))
     parser.add_argument("folder", nargs="?", type=Path, default=Path("../shared/data"))
     arguments = parser.parse_args()
     embedder = runtime().embedder(E5_RULE.embedder)
@@ -55,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:  # the models come from the ordinary one
         os.environ["CALPACA_CACHE"] = os.environ["CALPACA_DATA"] = cache
         if reranker is not None:
-            reranking(embedder, texts, reranker)
+            reranking(embedder, {language: texts[language] for language in arguments.languages}, reranker)
         elif arguments.ranking:
             ranking(embedder, texts | {"cmrc": load(arguments.folder / "cmrc2018_trial.json")})
         else:
@@ -99,11 +100,11 @@ def tell(asked: str, read: str, name: str, ranks: list[float]) -> None:
 
 
 def reranking(embedder, texts: dict[str, list[dict]], reranker: Reranker) -> None:
-    for asked, read in (("en", "en"), ("zh", "zh"), ("en", "zh"), ("zh", "en")):
+    for language, articles in texts.items():
         ranks: dict[str, list[float]] = defaultdict(list)
         seconds = 0.0
-        with indexed(embedder, texts[read]) as index:
-            for question, own in questions(texts[asked]):
+        with indexed(embedder, articles) as index:
+            for question, own in questions(articles):
                 before = retrieve(index.retriever, question, Search(FETCHED, "hybrid"), merge=False)
                 started = time.process_time()
                 after = reranked(before, question, Search(FETCHED), reranker)
@@ -111,7 +112,7 @@ def reranking(embedder, texts: dict[str, list[dict]], reranker: Reranker) -> Non
                 ranks["hybrid"].append(rank(before, own))
                 ranks[f"hybrid, {reranker.name}"].append(rank(after, own))
         for name, found in ranks.items():
-            tell(asked, read, name, found)
+            tell(language, language, name, found)
         print(
             f"{1000 * seconds / len(ranks['hybrid']):.0f} ms of processor time for a question's 20 chunks", flush=True
         )

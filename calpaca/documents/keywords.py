@@ -31,6 +31,10 @@ _STOP = frozenset(
 _HIGHEST = 2.2
 """k1 + 1 of FTS5's BM25 (k1 = 1.2): what a term's weight is multiplied by at most."""
 
+MOST_TEXTS = 100_000
+"""Texts that are scored for a question. In a larger table its most common terms, which tell least, are left out until no
+more than so many hold one: FTS5 scores each text that holds any (docs/performance.md has the times)."""
+
 _PAIR = 0.5
 """Pairs of characters overlap: about every second one straddles two words and stands nowhere."""
 
@@ -70,15 +74,16 @@ def best(
     """(number, share) of the `k` texts that share most with the question, the best first; those that share nothing are
     not among them.
 
-    The share is the BM25 score divided by the highest that the question can reach (pairs of characters are counted half
-    there): about 0.45 for a text of usual length that holds each term once. It is low when most of the question stands
+    The share is the BM25 score divided by the highest that the terms in use can reach (pairs of characters are counted
+    half there): about 0.45 for a text of usual length that holds each term once. It is low when most of the question stands
     nowhere, as when it is asked in another language. `among` is SQL for the numbers to choose from, with its
     `parameters`.
     """
-    wanted = query_terms(question)
+    texts = _texts(connection)
+    wanted = _telling(connection, query_terms(question), texts)
     if not wanted:
         return []
-    highest = _highest(connection, wanted)
+    highest = _highest(wanted, texts)
     within = f"AND rowid IN ({among})" if among else ""
     rows = connection.execute(
         f"SELECT rowid, rank FROM keywords WHERE keywords MATCH ? {within} ORDER BY rank LIMIT ?",  # noqa: S608  # SQL of our own
@@ -87,13 +92,32 @@ def best(
     return [(number, -rank / highest) for number, rank in rows]
 
 
-def _highest(connection: sqlite3.Connection, wanted: Sequence[str]) -> float:
+def _telling(connection: sqlite3.Connection, wanted: Sequence[str], texts: int) -> dict[str, int]:
+    """Terms to look up, with the number of texts that hold each: all, or the rarest ones that `MOST_TEXTS` allows."""
+    count = "SELECT count(*) FROM (SELECT 1 FROM keywords WHERE keywords MATCH ? LIMIT ?)"  # no more are walked through
+    held = {term: connection.execute(count, (_quoted(term), MOST_TEXTS + 1)).fetchone()[0] for term in wanted}
+    if texts <= MOST_TEXTS:
+        return held
+    chosen: dict[str, int] = {}
+    for term in sorted(held, key=lambda term: held[term]):
+        if chosen and sum(chosen.values()) + held[term] > MOST_TEXTS:
+            break
+        chosen[term] = held[term]
+    return chosen
+
+
+def _texts(connection: sqlite3.Connection) -> int:
+    """Texts in the table; of a large one, whose counting takes time, its highest number, which may be a little more."""
+    (highest,) = connection.execute("SELECT max(id) FROM keywords_docsize").fetchone()
+    if (highest or 0) > MOST_TEXTS:
+        return int(highest)
+    return int(connection.execute("SELECT count(*) FROM keywords_docsize").fetchone()[0])
+
+
+def _highest(wanted: Mapping[str, int], texts: int) -> float:
     """BM25 of a text that holds nothing but these terms, as FTS5 weighs them."""
-    (texts,) = connection.execute("SELECT count(*) FROM keywords_docsize").fetchone()
-    count = "SELECT count(*) FROM keywords WHERE keywords MATCH ?"
     weights = 0.0
-    for term in wanted:
-        (holding,) = connection.execute(count, (_quoted(term),)).fetchone()
+    for term, holding in wanted.items():
         weight = max(1e-6, math.log((texts - holding + 0.5) / (holding + 0.5)))
         weights += weight * (_PAIR if len(term) == 2 and _RUN.match(term)["unspaced"] else 1.0)  # type: ignore[index]  # a term is a run
     return weights * _HIGHEST
