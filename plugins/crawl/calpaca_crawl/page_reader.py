@@ -46,7 +46,7 @@ class PageReader:
     def close(self) -> None:
         """End the processes. They are started anew when another page is read."""
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
 

@@ -62,7 +62,18 @@ def crawl(
 
 
 def scrapy_settings(options: WebOptions) -> dict[str, Any]:
-    """Scrapy's settings for a crawl (https://docs.scrapy.org/en/latest/topics/settings.html)."""
+    """Scrapy's settings for a crawl (https://docs.scrapy.org/en/latest/topics/settings.html).
+
+    Raises UsageError for a setting of the person's that an option of ours, or safety, decides.
+    """
+    given = dict(setting.split("=", 1) for setting in options.scrapy)
+    ours = _own_settings(options)
+    if taken := sorted(given.keys() & ours):
+        raise UsageError(f"{taken[0]} is not a setting that can be given.", "An option of the command decides it.")
+    return {**ours, **given}
+
+
+def _own_settings(options: WebOptions) -> dict[str, Any]:
     return {
         "TWISTED_REACTOR_ENABLED": False,
         "TELNETCONSOLE_ENABLED": False,

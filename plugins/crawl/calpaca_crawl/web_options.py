@@ -44,12 +44,21 @@ class WebOptions(BaseModel):
     shortest: int = Field(100, ge=0, description="Characters of a page's text, at the least.")
     similarity: float = Field(0.9, gt=0, le=1, description="ROUGE-L from which on a page is a duplicate of another.")
     cache: bool = Field(True, description="Ask again only for pages that have changed since an earlier crawl.")
+    scrapy: list[str] = Field([], description="Setting of Scrapy's, as NAME=VALUE; repeat. See docs/crawl.md.")
     overwrite: bool = Field(False, description="Replace a folder that is there.")
 
     @field_validator("networks")
     @classmethod
     def _are_networks(cls, networks: list[str]) -> list[str]:
         return [str(ip_network(network, strict=False)) for network in networks]
+
+    @field_validator("scrapy")
+    @classmethod
+    def _are_settings(cls, settings: list[str]) -> list[str]:
+        for setting in settings:
+            if not re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", setting, re.DOTALL):
+                raise ValueError(f"{setting!r} is not written as NAME=VALUE")
+        return settings
 
     @field_validator("include", "exclude")
     @classmethod

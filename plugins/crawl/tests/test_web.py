@@ -99,6 +99,7 @@ def test_private_addresses_are_refused_unless_they_are_allowed(crawl, trap_site)
         ):
             result = crawl(start, "--delay", "0", "--no-robots")
             assert isinstance(result.exception, JobError)
+            assert "--allow-network" in result.exception.hint
         assert not site.asked
 
 
@@ -226,3 +227,8 @@ def test_a_page_that_a_script_writes_is_rendered_and_asks_for_nothing_private(cr
     assert "Glaciers grind rock into flour" in page["text"]
     assert report()["refused_addresses"] >= 1
     assert report()["rendered"] >= 2
+
+
+@pytest.mark.parametrize("setting", ["DOWNLOAD_HANDLERS={}", "COOKIES_ENABLED=1", "depth"])
+def test_what_keeps_a_crawl_safe_cannot_be_set_otherwise(crawl, setting) -> None:
+    assert isinstance(crawl("http://127.0.0.1:9/", "--scrapy", setting).exception, UsageError)

@@ -20,20 +20,20 @@ def run(*arguments: str) -> Result:
 @pytest.mark.slow
 def test_rows_of_a_local_model_are_checked_and_trained_on(smollm2, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run("crawl", "instructions", "rows.jsonl", "--max-rows", "3", "--max-new-tokens", "160", "--seed", "1")
+    run("crawl", "instructions", "rows.jsonl", "--max-rows", "2", "--max-new-tokens", "140", "--seed", "1")
     report = json.loads(Path("rows.report.json").read_text())
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
-    assert (len(rows), report["rows"], report["stopped"]) == (3, 3, "max_rows")
+    assert (len(rows), report["rows"], report["stopped"]) == (2, 2, "max_rows")
     assert all(row["instruction"] and row["output"] for row in rows)
     rejected = Path("rows.rejected.jsonl").read_text().splitlines()
     assert sum(report["rejected"].values()) == len(rejected)
 
     checked = run("train", "data", "check", "--dataset", "rows.jsonl", "--model", "smollm2-135m-instruct")
-    assert "3 rows of Alpaca, 3 examples" in checked.output
+    assert "2 rows of Alpaca, 2 examples" in checked.output
 
     run(
         "train", "sft", "--dataset", "rows.jsonl", "--model", "smollm2-135m-instruct", "--max-length", "256",
-        "--max-steps", "3", "--samples", "0", "--output", "adapter",
+        "--max-steps", "2", "--batch-size", "1", "--samples", "0", "--output", "adapter",
     )  # fmt: skip
     assert list(Path("adapter").rglob("adapter_model.safetensors"))
 
@@ -55,9 +55,10 @@ def test_a_crawled_site_is_asked_about_and_trained_on_as_it_lies(smollm2, e5, tr
         "train", "data", "check", "--stage", "pretrain", "--dataset", "corpus/documents.jsonl", "--max-length", "256",
         "--model", "smollm2-135m-instruct", "--json",
     )  # fmt: skip
-    assert json.loads(checked.stdout)["examples"] == 3
+    texts = Path("corpus/documents.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(checked.stdout)["examples"] >= len(texts) >= 3  # a long text makes several
     run(
-        "train", "pretrain", "--dataset", "corpus/documents.jsonl", "--model", "smollm2-135m-instruct", "--max-length", "256",
-        "--max-steps", "2", "--samples", "0", "--output", "adapter",
+        "train", "pretrain", "--dataset", "corpus/documents.jsonl", "--model", "smollm2-135m-instruct", "--max-length", "128",
+        "--max-steps", "2", "--batch-size", "1", "--samples", "0", "--output", "adapter",
     )  # fmt: skip
     assert list(Path("adapter").rglob("adapter_model.safetensors"))

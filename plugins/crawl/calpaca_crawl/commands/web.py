@@ -37,7 +37,7 @@ def collect(starts: tuple[str, ...], options: WebOptions) -> dict[str, Any]:
 
     from calpaca.core.jobs import JobCancelled
     from calpaca_crawl.site_spider import KIND
-    from calpaca_crawl.web_crawl import begun, check_browser, check_output, crawl, report_path, write_report
+    from calpaca_crawl.web_crawl import begun, check_browser, check_output, crawl, write_report
 
     if options.browser:
         check_browser()
@@ -64,16 +64,27 @@ def collect(starts: tuple[str, ...], options: WebOptions) -> dict[str, Any]:
             ) from None
         write_report(figures, options.output)
         if not figures["documents"]:
-            raise JobError(
-                f"No page with text was found: {figures['failed'] or figures['statuses']}.",
-                f"See {report_path(options.output)}.",
-            )
+            raise _nothing_found(figures, options)
     click.echo(
         f"{figures['documents']} documents of {figures['pages']} pages ({figures['near_duplicates']} near-duplicates, "
         f"{figures['too_short']} too short left out), {sum(figures['failed'].values())} failed; {figures['seconds']} s.",
         err=True,
     )
     return figures
+
+
+def _nothing_found(figures: dict[str, Any], options: WebOptions) -> JobError:
+    from calpaca_crawl.web_crawl import report_path
+
+    if figures["refused_addresses"]:
+        return JobError(
+            "No page was asked for: private and local addresses are refused.",
+            "Allow a network of your own, such as --allow-network 192.168.1.0/24 or --allow-network 127.0.0.1.",
+        )
+    return JobError(
+        f"No page with text was found: {figures['failed'] or figures['statuses']}.",
+        f"See {report_path(options.output)}.",
+    )
 
 
 _STARTS = click.Argument(["starts"], nargs=-1, required=True, metavar="URL...")
