@@ -21,7 +21,7 @@ from calpaca.core.checkpoint.manifest import MANIFEST
 from calpaca.core.errors import CorruptFileError, ModelNotFoundError
 from calpaca.core.paths import cache_dir
 
-_SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".json", ".model", ".jinja", ".tiktoken", ".py"}
+_SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".onnx", ".json", ".model", ".jinja", ".tiktoken", ".py"}
 _TEXTS = {"vocab.txt", "merges.txt"}
 # What training leaves beside the weights says nothing about what the model computes.
 _TRAINING = re.compile(r"optimizer.*|scheduler.*|scaler.*|rng_state.*|trainer_state.*|training_args.*|all_results.*")
