@@ -259,9 +259,9 @@ class EngineContract:
                 continue
             first = _answer(engine, PROMPTS[0], max_new_tokens=1)
             assert _answer(engine, PROMPTS[0], max_new_tokens=1, **{name: 2.0}).text == first.text
-            repeated = _answer(engine, PROMPTS[1], max_new_tokens=48).text
-            assert _answer(engine, PROMPTS[1], max_new_tokens=48, **{name: 2.0}).text != repeated
-            assert _answer(engine, PROMPTS[1], max_new_tokens=48).text == repeated
+            repeated = _answer(engine, PROMPTS[1], max_new_tokens=24).text
+            assert _answer(engine, PROMPTS[1], max_new_tokens=24, **{name: 2.0}).text != repeated
+            assert _answer(engine, PROMPTS[1], max_new_tokens=24).text == repeated
 
     def test_min_p_1_is_greedy(self, engine: Engine) -> None:
         _needs("min_p" not in engine.capabilities().unsupported, "min_p")

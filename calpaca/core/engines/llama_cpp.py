@@ -110,23 +110,27 @@ def start_engine(
         return Worker(target, {**arguments, "live": live}, f"The engine '{NAME}'", isolated=isolated)
 
     workers = Workers(start([]), start, together=True)
-    capabilities = Capabilities(
+    details = {
+        "device": "cpu",
+        "dtype": files.spec.dtype,
+        "weights": stored_type(weights),
+        "slots": slots,
+        "threads": arguments["threads"],
+    }
+    return NativeEngine(
+        NAME, workers, model, _capabilities(context, details), translate=_translate,
+        prepare=lambda adapter: _as_gguf(files, adapter, runtime),
+    )  # fmt: skip
+
+
+def _capabilities(context: int, details: Mapping[str, Any]) -> Capabilities:
+    return Capabilities(
         context_length=context,
         grammars=KINDS,
         adapters=True,
         unsupported=frozenset({"frequency_penalty", "presence_penalty"}),
-        details={
-            "device": "cpu",
-            "dtype": files.spec.dtype,
-            "weights": stored_type(weights),
-            "slots": slots,
-            "threads": arguments["threads"],
-        },
+        details=details,
     )
-    return NativeEngine(
-        NAME, workers, model, capabilities, translate=_translate,
-        prepare=lambda adapter: _as_gguf(files, adapter, runtime),
-    )  # fmt: skip
 
 
 def _as_gguf(files: ModelFiles, adapter: AdapterFiles, runtime: Runtime) -> AdapterFiles:
