@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calpaca.core.checkpoint import safetensors, torch_zip
 from calpaca.core.checkpoint.dtypes import to_torch
-from calpaca.core.checkpoint.plan import buffer_of, bytes_of
+from calpaca.core.checkpoint.memory import Memory
+from calpaca.core.checkpoint.plan import buffer_of
 from calpaca.core.checkpoint.tensor import StoredTensor
 from calpaca.core.errors import CorruptFileError, ModelNotFoundError
 
@@ -32,13 +33,17 @@ class Checkpoint:
 
     path: Path
     tensors: Mapping[str, StoredTensor]
+    _memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
 
     @property
     def files(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys(tensor.file for tensor in self.tensors.values()))
 
-    def chunks(self, name: str) -> Iterator[bytes | memoryview]:
-        """The bytes of a tensor, row by row, at most `CHUNK` at a time. Raises CorruptFileError when they end early."""
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a tensor, row by row, at most `CHUNK` at a time. Raises CorruptFileError when they end early.
+
+        The memory of a chunk is used again once nothing refers to the chunk.
+        """
         stored = self.tensors[name]
         if stored.strides is not None:
             yield buffer_of(self.read(name))
@@ -47,21 +52,26 @@ class Checkpoint:
         with stored.file.open("rb", buffering=0) as file:
             file.seek(stored.offset)
             while left:
-                chunk = file.read(min(CHUNK, left))
-                if not chunk:
+                chunk = self._memory(min(CHUNK, left))
+                count = file.readinto(chunk)
+                if not count:
                     raise _ends_early(stored)
-                left -= len(chunk)
-                yield chunk
+                left -= count
+                yield chunk[:count]
+                del chunk  # before the next is asked for
 
-    def read(self, name: str) -> Tensor:
-        """A tensor in memory of its own, on the CPU. Raises CorruptFileError when its bytes end early."""
+    def read(self, name: str, memory: Memory | None = None) -> Tensor:
+        """A tensor on the CPU, in memory of its own or lent by `memory`. Raises CorruptFileError when its bytes end
+        early."""
         import torch
 
         stored = self.tensors[name]
         dtype = to_torch(stored.dtype)
         reach = stored.elements if stored.strides is None else _reach(stored)
-        data = torch.empty(reach * dtype.itemsize, dtype=torch.uint8)
-        view = bytes_of(data)
+        if not reach:
+            return torch.empty(stored.shape, dtype=dtype)
+        view = (memory or Memory())(reach * dtype.itemsize)
+        flat = torch.frombuffer(view, dtype=dtype)
         with stored.file.open("rb", buffering=0) as file:
             file.seek(stored.offset)
             while view:
@@ -69,7 +79,6 @@ class Checkpoint:
                 if not count:
                     raise _ends_early(stored)
                 view = view[count:]
-        flat = data.view(dtype)
         if stored.strides is None:
             return flat.reshape(stored.shape)
         return flat.as_strided(stored.shape, stored.strides).contiguous()

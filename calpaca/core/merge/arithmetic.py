@@ -101,13 +101,12 @@ def cast(chunks: Iterable[bytes | memoryview], source: torch.dtype, target: torc
 
 
 def elements(chunks: Iterable[bytes | memoryview], dtype: torch.dtype) -> Iterator[Tensor]:
-    """The elements of a stream of bytes, in pieces."""
+    """The elements of a stream of bytes, in pieces. Only what a chunk may not be used for, or cuts, is copied."""
     import torch
 
     left = b""
     for chunk in chunks:
-        data = bytearray(left)
-        data += chunk
+        data = bytearray(left + chunk) if left or memoryview(chunk).readonly else chunk
         whole = len(data) - len(data) % dtype.itemsize
         left = bytes(data[whole:])
         if whole:

@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from calpaca.core.adapters import Adapter
+from calpaca.core.checkpoint.memory import Memory
 from calpaca.core.merge import arithmetic
 
 if TYPE_CHECKING:
@@ -122,12 +123,16 @@ class Rows:
 
 
 class Scratch:
-    """Memory that is kept from one product to the next: fresh pages cost more time than the product itself."""
+    """Memory that is kept from one tensor to the next: fresh pages cost more time than a product itself.
+
+    Called, it gives that of a product; `weights` lends that of weights, which are still written when the next is made.
+    """
 
     def __init__(self) -> None:
         import torch
 
         self._memory = torch.empty(0)
+        self.weights = Memory()
 
     def __call__(self, shape: tuple[int, int]) -> Tensor:
         import torch

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,14 +77,17 @@ def check_vocabulary_order(files: ModelFiles, adapters: Sequence[Adapter], outpu
         raise AdapterError(error.message, f"Type: {right}") from error
 
 
-def lineage_problems(files: ModelFiles, adapters: Sequence[Adapter], output: Path | None) -> Iterator[AdapterError]:
+def lineage_problems(
+    files: ModelFiles, adapters: Sequence[Adapter], output: Path | None, described: Future[list[Input]] | None = None
+) -> Iterator[AdapterError]:
     """Everything that is wrong by what is recorded: an adapter given twice, contained in the base already, made for
-    another base, or standing before its parent or without it."""
+    another base, or standing before its parent or without it. `described` are the adapters by `input_of_adapter`, where
+    that was begun before."""
     recorded = [_recorded(adapter) for adapter in adapters]
     base_manifest = read_manifest(files.weights)
     if len(adapters) < 2 and base_manifest is None and not any(recorded):
         return
-    inputs = [input_of_adapter(adapter) for adapter in adapters]
+    inputs = described.result() if described is not None else [input_of_adapter(adapter) for adapter in adapters]
     base = _base_inputs(files, needs_weights=any(recorded))
     for number, lineage in enumerate(recorded):
         position = _Position(inputs, number, base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from calpaca.core.adapters import HEAD, Adapter, check_adapters
 from calpaca.core.checkpoint.dtypes import code_of
 from calpaca.core.checkpoint.lineage import input_of, versions
-from calpaca.core.checkpoint.manifest import CONTEXT_LENGTH, Lineage, Manifest
+from calpaca.core.checkpoint.manifest import CONTEXT_LENGTH, Input, Lineage, Manifest
 from calpaca.core.checkpoint.plan import (
     SHARD_SIZE,
     Container,
@@ -121,9 +122,10 @@ def plan_merge(files: ModelFiles, output: Path | None, options: MergeOptions | N
     model = _model_plan(inputs, steps[-1], options)
     findings = Findings()
     check_place(output, model.size, findings)
-    for problem in lineage_problems(files, inputs.adapters, output):
+    for problem in lineage_problems(files, inputs.adapters, output, inputs.described):
         findings.add(problem, forced=options.force)
-    check_effects(inputs.base, inputs.adapters, steps, findings)
+    with a_core_for_hashing():
+        check_effects(inputs.base, inputs.adapters, steps, findings)
     findings.notes += _vocabulary_notes(rows, inputs.tokenizer)
     if inputs.base.tied and HEAD in steps[-1]:
         findings.notes.append(f"Embeddings and output layer are no longer tied: {HEAD} is written, too.")
@@ -145,12 +147,13 @@ def merge(plan: MergePlan, jobs: Ledger, command: Command | None = None) -> Mani
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What is merged, opened."""
+    """What is merged, opened. `described` are the adapters as the manifest names them, with all their digests."""
 
     files: ModelFiles
     base: BaseModel
     adapters: tuple[Adapter, ...]
     tokenizer: TokenizerFiles | None
+    described: Future[list[Input]]
 
 
 def _read_inputs(files: ModelFiles, output: Path | None) -> _Inputs:
@@ -161,7 +164,15 @@ def _read_inputs(files: ModelFiles, output: Path | None) -> _Inputs:
     tokenizer = merged_tokenizer(files)
     size = tokenizer.size if tokenizer is not None else 0
     check_adapters(adapters, {name: stored.shape for name, stored in base.tensors.items()}, size)
-    return _Inputs(files, base, adapters, tokenizer)
+    return _Inputs(files, base, adapters, tokenizer, _described(adapters))
+
+
+def _described(adapters: Sequence[Adapter]) -> Future[list[Input]]:
+    """Begin to hash the adapters: that is done while torch is loaded, and while their values are checked."""
+    pool = ThreadPoolExecutor(1)
+    described = pool.submit(lambda: [input_of_adapter(adapter) for adapter in adapters])
+    pool.shutdown(wait=False)
+    return described
 
 
 def _model_plan(inputs: _Inputs, made: Mapping[str, Recipe], options: MergeOptions) -> ModelPlan:
@@ -202,7 +213,7 @@ def _pth_texts(
 
 def _lineage(inputs: _Inputs, settings: Mapping[str, Any], template: str | None) -> Lineage:
     base = input_of("base", inputs.files.name, inputs.files.weights)
-    return Lineage("merge", (base, *map(input_of_adapter, inputs.adapters)), settings, template, versions())
+    return Lineage("merge", (base, *inputs.described.result()), settings, template, versions())
 
 
 def _vocabulary_notes(rows: int | None, tokenizer: TokenizerFiles | None) -> list[str]:

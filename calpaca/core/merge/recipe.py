@@ -70,7 +70,7 @@ class Recipe:
         target = to_torch(self.dtype)
         try:
             working = torch.promote_types(target, torch.float32) if accumulate == "fp32" else target
-            weight = arithmetic.rounded(self.source.read(self.key), working)
+            weight = arithmetic.rounded(self.source.read(self.key, scratch.weights), working)
             for change in self.changes:
                 weight = change.apply(weight, scratch)
             return arithmetic.rounded(weight, target)
