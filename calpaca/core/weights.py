@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calpaca.core.adapters import Adapter, apply_adapters, check_adapters
+from calpaca.core.checkpoint.lineage import contains
 from calpaca.core.errors import CorruptFileError, MissingExtraError, ModelError, UnsupportedError, UsageError
 from calpaca.core.files import ModelFiles
 from calpaca.core.machine import describe_memory
@@ -50,6 +51,7 @@ def load_weights(files: ModelFiles) -> LoadedWeights:
     adapters = [Adapter(adapter) for adapter in files.adapters]
     if adapters:
         vocabulary = check_adapters(adapters, _parameter_shapes(config, spec.trust_remote_code), len(tokenizer))
+        _warn_of_contained(files)
     dtype = choose_dtype(spec.dtype, device, _weights_size(files.weights), config)
     model = _from_pretrained(files, config, device, dtype)
     if adapters:
@@ -64,6 +66,16 @@ def load_weights(files: ModelFiles) -> LoadedWeights:
         context_length=int(config.get_text_config().max_position_embeddings),
         eos_ids=_eos_ids(model, tokenizer),
     )
+
+
+def _warn_of_contained(files: ModelFiles) -> None:
+    for adapter in files.adapters:
+        if contains(files.weights, adapter.path):
+            log.warning(
+                "%s contains adapter %s already: it was merged into it and counts twice now. Leave it out.",
+                files.name,
+                adapter.name,
+            )
 
 
 def check_vocabulary(tokenizer_size: int, rows: int) -> None:

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # 
 
 from calpaca.core.errors import AdapterError, CorruptFileError, UnsupportedError  # noqa: E402
 from calpaca.core.files import AdapterFiles, ModelFiles  # noqa: E402
+from calpaca.core.jobs import Ledger  # noqa: E402
+from calpaca.core.merge import merge, plan_merge  # noqa: E402
 from calpaca.core.spec import ModelSpec  # noqa: E402
 from calpaca.core.weights import load_weights  # noqa: E402
 
@@ -120,6 +122,21 @@ def test_two_adapters_in_the_wrong_order_are_named(base: Path, tmp_path: Path) -
     second = make_adapter(base, tmp_path / "second", rows=49157)
     with pytest.raises(AdapterError, match=r"49157 tokens and first.*only 49156.*--adapter first --adapter second"):
         load(base, second, first)
+
+
+def test_an_adapter_that_was_merged_into_the_base_is_told(base: Path, tmp_path: Path, caplog) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    files = ModelFiles("base", ModelSpec(), base, (AdapterFiles("adapter", adapter),), base, None)
+    merge(plan_merge(files, tmp_path / "merged"), Ledger(tmp_path / "jobs.sqlite"))
+    copy = copytree(adapter, tmp_path / "copy")
+    load(tmp_path / "merged", copy)
+    assert caplog.messages == [
+        "base contains adapter copy already: it was merged into it and counts twice now. Leave it out."
+    ]
+    caplog.clear()
+    load(tmp_path / "merged", make_adapter(base, tmp_path / "other", seed=2))
+    load(base, adapter)
+    assert caplog.messages == []
 
 
 def test_an_adapter_for_another_base_is_refused_with_the_sizes(base: Path, smollm2: Path, tmp_path: Path) -> None:

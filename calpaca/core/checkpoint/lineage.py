@@ -70,6 +70,13 @@ def find_weights(path: Path) -> str:
     return known
 
 
+def contains(model: Path, adapter: Path) -> bool:
+    """Whether a model's manifest says that an adapter was merged into it. Without a manifest nothing is hashed."""
+    manifest = read_manifest(model)
+    merged = [each for each in manifest.lineage.every() if each.role == "adapter"] if manifest is not None else []
+    return bool(merged) and find_weights(adapter) in {each.weights for each in merged}
+
+
 def tensor_records(checkpoint: Checkpoint) -> dict[str, TensorRecord]:
     """The record of every tensor, by reading all of them once."""
     names = list(checkpoint.tensors)
