@@ -77,17 +77,17 @@ def make_base(folder: Path, shape: dict[str, int], jobs: Path) -> None:
     from calpaca.core.checkpoint.write import write_model
     from calpaca.core.jobs import Ledger
 
-    hidden = shape["hidden_size"]
+    hidden, rows = shape["hidden_size"], shape.get("vocab_size", 32_000)
     sizes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (32_000, hidden),
-        "lm_head.weight": (32_000, hidden),
+        "model.embed_tokens.weight": (rows, hidden),
+        "lm_head.weight": (rows, hidden),
     }
     sizes |= {f"{name}.weight": size for name, size in linear_layers(shape).items()}
     for layer in range(shape["num_hidden_layers"]):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             sizes[f"model.layers.{layer}.{norm}.weight"] = (hidden,)
     sizes["model.norm.weight"] = (hidden,)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32_000, "dtype": "bfloat16",
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": rows, "dtype": "bfloat16",
               "tie_word_embeddings": False, "rms_norm_eps": 1e-6, **shape}  # fmt: skip
     tensors = [planned(name, size) for name, size in sizes.items()]
     plan = ModelPlan(
