@@ -3,7 +3,7 @@
     python bench/crawl_duplicates.py [--rows 100000] [--file FILE]
 
 The rows are cut from real Chinese text (a text file given with --file, else the documents of ../shared/data); one in ten
-is an edited copy of an earlier one. Prints one JSON object; `found` is the share of the copies that were found.
+is a copy of an earlier one in which a character is left out. Prints one JSON object; `found` is the share of the copies that were found.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ def sentences(file: Path | None) -> list[str]:
 
 
 def rows(parts: list[str], count: int) -> tuple[list[str], set[int]]:
-    """Texts of three clauses drawn by chance, and the numbers of those that are edited copies."""
+    """Texts of three clauses drawn by chance, and the numbers of those that are copies of one but for a character."""
     chance, made, copies = Random(1), [], set()
+    originals: list[str] = []
     for number in range(count):
-        if number and chance.random() < 0.1:
-            text = chance.choice(made)
-            place = chance.randrange(1, len(text) - 1)
+        if originals and chance.random() < 0.1:
+            text = chance.choice(originals)
+            place = chance.choice([found.start() for found in re.finditer("[^\\W\\da-zA-Z不没无非未别]", text)])
             made.append(text[:place] + text[place + 1 :])
             copies.add(number)
         else:
-            made.append("，".join(chance.sample(parts, 3)) + "。")
+            originals.append("，".join(chance.sample(parts, 3)) + "。")
+            made.append(originals[-1])
     return made, copies
 
 

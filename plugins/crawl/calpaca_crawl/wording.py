@@ -21,6 +21,8 @@ _LONG = 80
 _FEW = 0.05
 _TYPO = 10
 """Words of a text in which one Chinese character more or less is a slip."""
+_PER_SLIP = 20
+"""Words of a longer text to each slip."""
 _ENDING = re.compile(r"(?:'s|s|es|ed|d|ing|ly)$")
 _NEGATION = frozenset("不没无非未别莫勿") | {"not", "no", "never", "without", "except"}
 _MARK = " "
@@ -60,9 +62,11 @@ def _stem(word: str) -> str:
 
 
 def _is_slip(changes: Sequence[tuple[Sequence[str], Sequence[str]]], longest: int) -> bool:
-    """One Chinese character more or less in a text of some length."""
+    """A Chinese character more or less in a text of some length, or in a long one some of them, each by itself."""
     odd = [word for old, new in changes for word in (*old, *new)]
-    return len(odd) == 1 and longest >= _TYPO and not odd[0].isascii() and odd[0] not in _NEGATION
+    if longest < _TYPO or len(odd) > max(longest // _PER_SLIP, 1) or len(odd) > len(changes):
+        return False
+    return not any(word.isascii() or word in _NEGATION for word in odd)
 
 
 def _are_few(changes: Sequence[tuple[Sequence[str], Sequence[str]]], longest: int) -> bool:

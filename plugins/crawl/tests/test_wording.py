@@ -31,8 +31,7 @@ def _read(name: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def asked() -> list[str]:
+def real_texts() -> list[str]:
     """Questions on Chinese texts, and what people asked an assistant; nothing twice."""
     found = [
         qa["question"]
@@ -44,6 +43,11 @@ def asked() -> list[str]:
     dialogues = map(json.loads, _read("examples_dialogues.jsonl").splitlines())
     found += [turn["user"].strip() for dialogue in dialogues for turn in dialogue["turns"]]
     return [text for text in dict.fromkeys(found) if 10 <= len(words(text)) <= 200]
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[str]:
+    return real_texts()
 
 
 # Edits that leave the content alone, and one that does not ----------------------------------------------------------
