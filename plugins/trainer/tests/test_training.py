@@ -214,6 +214,7 @@ def test_a_target_that_is_not_there_names_those_that_are(recipe, runtime) -> Non
         ({"patience": 2}, "'patience' needs 'eval_every'"),
         ({"ranks": 3}, "Unknown option"),
         ({"rank": 0}, "--rank is 0"),
+        ({"dtype": "float16"}, "--dtype is"),
     ],
 )
 def test_options_that_do_not_agree_are_refused(changes, told, recipe) -> None:
