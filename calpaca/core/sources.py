@@ -166,10 +166,11 @@ def _unknown(reference: str, kind: Kind | None, runtime: Runtime) -> ModelNotFou
         )
     short = {name.partition("-")[0]: name for name in _known(kind, runtime)}
     match = nearest(reference, [*_known(kind, runtime), *short])
+    gguf_file = ", a .gguf file" if kind == "chat" else ""
     suggestion = f"Did you mean '{short.get(match, match)}'? " if match else ""
     return ModelNotFoundError(
         f"Unknown {kind} model '{reference}'.",
-        f"{suggestion}{_known_line(kind, runtime)}; a folder, a .gguf file or a hub id (owner/name) works too.",
+        f"{suggestion}{_known_line(kind, runtime)}; a folder{gguf_file} or a hub id (owner/name) works too.",
     )
 
 

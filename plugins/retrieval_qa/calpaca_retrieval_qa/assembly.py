@@ -21,6 +21,7 @@ def build_answerer(options: RetrievalQAOptions, runtime: Runtime) -> tuple[Retri
     from calpaca.core.langchain import ChatCalpaca
 
     search = options.chosen_search()
+    reranker = runtime.reranker(options.rerank) if options.rerank is not None else None
     sampling = options.sampling(runtime.settings)
     index = options.index(runtime, options.embedding)
     model = runtime.model(options.spec())
@@ -30,7 +31,7 @@ def build_answerer(options: RetrievalQAOptions, runtime: Runtime) -> tuple[Retri
         index.retriever,
         strategy=options.strategy,
         search=search,
-        reranker=runtime.reranker(options.rerank) if options.rerank is not None else None,
+        reranker=reranker,
         cite=options.cite,
         context_policy=options.context_policy,
         prompt_file=options.prompt_file,
