@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from calpaca.core.engine import Conversation, Engine, Request, Sampling
+from calpaca.core.engine import Conversation, Engine, Request, Sampling, TokenLogprob
 from calpaca.core.engines.remote.address import read_address
 from calpaca.core.engines.remote.engine import RemoteEngine
 from calpaca.core.errors import ContextOverflowError, ModelError, UnsupportedError
@@ -68,6 +68,17 @@ def test_scores_of_too_few_tokens_are_an_error(server, connect) -> None:
     asked = connect(server).submit(Request((5, 6, 7), Sampling(max_new_tokens=0), prompt_logprobs=0))
     with pytest.raises(ModelError, match="no piece of an answer"):
         asked.result(10)
+
+
+def test_the_token_that_vllm_makes_beside_a_prompt_is_no_part_of_the_answer(server, connect) -> None:
+    scores = {"tokens": ["a", "b"], "token_logprobs": [None, -0.5], "top_logprobs": [None, {"b": -0.5, "c": -0.1}]}
+    choice = {"text": "", "logprobs": scores, "token_ids": [2], "finish_reason": "stop"}
+    server.script.append(lambda handler: stream(handler, choice))
+    request = Request((5, 6), Sampling(max_new_tokens=0), prompt_logprobs=1)
+    answer = connect(server).submit(request).result(10)
+    assert (answer.text, answer.token_ids, answer.finish_reason) == ("", (), "length")
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 0)
+    assert answer.prompt_logprobs == (None, TokenLogprob(6, "b", -0.5, ((-1, "c", -0.1),)))
 
 
 def stream(handler: Any, choice: dict[str, Any]) -> None:

@@ -121,6 +121,8 @@ class ScoreReader(AnswerReader):
 
     def _read_choice(self, choice: dict[str, Any]) -> Chunk | None:
         self._end(choice)
+        if self.finish is not None:
+            self.finish = "length"  # whatever token a server made, and did not show
         found = choice.get("logprobs")
         if self._given or not found:
             return None

@@ -132,8 +132,12 @@ def write_request(
     return "/completions", {**body, "prompt": _prompt(request.prompt)}
 
 
-def write_scoring(prompt: Sequence[int], model: str, alternatives: int) -> tuple[str, dict[str, Any]]:
-    """The same for the log probabilities of a prompt's tokens: an answer of no tokens that begins with the prompt."""
+def write_scoring(prompt: Sequence[int], model: str, dialect: Dialect, alternatives: int) -> tuple[str, dict[str, Any]]:
+    """The same for the log probabilities of a prompt's tokens: an answer of no tokens that begins with the prompt.
+
+    vLLM has a field `prompt_logprobs` too, but not in a stream. Without `return_token_ids` it cannot echo token ids
+    (`completion/serving.py`).
+    """
     body = {
         "model": model,
         "prompt": list(prompt),
@@ -142,6 +146,7 @@ def write_scoring(prompt: Sequence[int], model: str, alternatives: int) -> tuple
         "max_tokens": 0,
         "temperature": 0.0,
         "stream": True,
+        **dialect.fixed,
     }
     return "/completions", body
 

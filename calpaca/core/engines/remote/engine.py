@@ -259,7 +259,7 @@ class RemoteEngine:
         prompt = work.request.prompt
         if isinstance(prompt, str):
             prompt = tuple(await self._tokenizer.encode(self._tokenizing_address(), prompt, special_tokens=True))
-        path, body = write_scoring(prompt, self._model, alternatives)
+        path, body = write_scoring(prompt, self._model, self._dialect, alternatives)
         reader = ScoreReader(self._where(), prompt, alternatives)
         scoring = Exchange(replace(work.request, grammar=None), path, body, work.handle, reader)
         await scoring.send(self._route)
