@@ -86,7 +86,7 @@ def with_calpaca(options: argparse.Namespace, output: Path, *, compiled: bool = 
 
     from calpaca import runtime
     from calpaca_trainer.batches import BatchOptions, plan_batches
-    from calpaca_trainer.causal_trainer import CausalTrainer, Plan
+    from calpaca_trainer.causal_trainer import CausalTrainer, Plan, Sharing
     from calpaca_trainer.collator import Collator
     from calpaca_trainer.dataset import Dataset
     from calpaca_trainer.learner import load_learner
@@ -119,7 +119,7 @@ def with_calpaca(options: argparse.Namespace, output: Path, *, compiled: bool = 
     arguments.save_strategy = "no"
     trainer = CausalTrainer(
         learner, args=arguments, plan=Plan(dataset, batches, []), collator=Collator(0), saver=Saver(learner, "base", {}),
-        metrics=MetricsWriter(output), callbacks=[clock.callback],
+        metrics=MetricsWriter(output), sharing=Sharing(), callbacks=[clock.callback],
     )  # fmt: skip
     trainer.train()
     return clock.report(options.rows * options.length)

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from calpaca_trainer.collator import IGNORED
 
+_TINY = torch.finfo(torch.float32).tiny
 _ROWS = 256  # hidden states that the output layer is applied to at a time
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Fields of configurations whose models change the logits after the output layer."""
@@ -32,14 +33,12 @@ class _CrossEntropy(torch.autograd.Function):
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         for at in range(0, len(hidden), _ROWS):
             rows, wanted = hidden[at : at + _ROWS].to(matrix.dtype), targets[at : at + _ROWS]
-            logits = (rows @ matrix.T).float()
-            norm = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += (norm.squeeze(1) - logits.gather(1, wanted[:, None]).squeeze(1)).sum()
+            chances = torch.softmax(rows @ matrix.T, dim=1, dtype=torch.float32)
+            total -= chances.gather(1, wanted[:, None]).clamp_min_(_TINY).log_().sum()
             if not (wants_hidden or wants_weight):
                 continue
-            slope = logits.sub_(norm).exp_()  # softmax − one-hot
-            slope[torch.arange(len(wanted)), wanted] -= 1
-            slope = slope.to(matrix.dtype)
+            chances.scatter_add_(1, wanted[:, None], chances.new_full((len(wanted), 1), -1))
+            slope = chances.to(matrix.dtype)  # softmax − one-hot
             if to_hidden is not None:
                 to_hidden[at : at + _ROWS] = slope @ matrix
             if to_weight is not None:

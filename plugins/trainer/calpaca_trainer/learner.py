@@ -13,6 +13,8 @@ from calpaca.core.files import ModelFiles
 from calpaca.core.machine import describe_processor
 from calpaca.core.merge.order import lineage_problems
 from calpaca.core.weights import check_quantization, check_vocabulary, choose_device, load_weights
+from calpaca_trainer.elementwise import Elementwise, compiled
+from calpaca_trainer.fused_layer import fuse
 from calpaca_trainer.labelled_loss import attach_loss
 from calpaca_trainer.prompting import Prompting
 from calpaca_trainer.recipe import Recipe
@@ -37,6 +39,8 @@ class Learner:
     device: str
     stored: torch.dtype
     mixed: bool
+    length_step: int = 8
+    """What lengths are rounded up to a multiple of: layers that are compiled whole are compiled for each anew."""
 
     @property
     def is_adapter(self) -> bool:
@@ -74,11 +78,16 @@ def load_learner(recipe: Recipe, files: ModelFiles, prompting: Prompting) -> Lea
         check_vocabulary(len(prompting.tokenizer), model.get_input_embeddings().weight.shape[0])
         model = _with_new_adapter(model, recipe) if recipe.method == "lora" else _in_full(model, recipe.trainable)
     mixed = dtype == "bfloat16" and _widen(model)
-    attach_loss(model.get_base_model() if hasattr(model, "peft_config") else model)
-    learner = Learner(model.train(), files, prompting, device, stored, mixed)
+    causal = model.get_base_model() if hasattr(model, "peft_config") else model
+    attach_loss(causal)
     if recipe.compile:
-        _compile(learner.causal)
-    return learner
+        _check_compiler()
+    # Where the model is shared out, what gathers a weight hangs on the module that it belongs to: each must be called.
+    fused = not (recipe.fsdp or recipe.deepspeed) and fuse(causal, compiled() if recipe.compile else Elementwise())
+    whole_layers = recipe.compile and not fused
+    if whole_layers:
+        _compile(causal)
+    return Learner(model.train(), files, prompting, device, stored, mixed, 64 if whole_layers else 8)
 
 
 def choose_training_dtype(recipe: Recipe, device: str) -> str:
@@ -89,12 +98,15 @@ def choose_training_dtype(recipe: Recipe, device: str) -> str:
     return "bfloat16" if device.startswith("cuda") or has_it else "float32"
 
 
-def _compile(causal: Any) -> None:
-    """Compile the layers: they share one code, so this takes a fraction of compiling the whole. Raises UsageError."""
+def _check_compiler() -> None:
     import shutil
 
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise UsageError("--compile needs a C++ compiler, and there is none.", "Install g++, or leave it out.")
+
+
+def _compile(causal: Any) -> None:
+    """Compile the layers: they share one code, so this takes a fraction of compiling the whole."""
     for layer in getattr(causal, causal.base_model_prefix).layers:
         layer.compile()
 

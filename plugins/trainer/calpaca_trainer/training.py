@@ -101,6 +101,7 @@ def _prepare(recipe: Recipe, stage: Stage, runtime: Runtime, processes: Processe
     if not recipe.datasets:
         raise UsageError("There is nothing to train on.", "Name a file or folder with --dataset.")
     check_reporters(recipe.report_to)
+    recipe = recipe.model_copy(update={"device": processes.place(recipe.device)})
     sharding = choose_sharding(recipe, processes, _dtype(recipe))
     files, prompting = load_subject(recipe, runtime)
     dataset, members, kept = _load_data(recipe, stage, prompting)
@@ -223,7 +224,8 @@ def train(preparation: Preparation, output: Path, runtime: Runtime, command: Map
         )
         held.enter_context(job or nullcontext())
         with processes.noticing():
-            return _Run(preparation, folder, job).carry_out(goes_on=goes_on)
+            run = processes.together(lambda: _Run(preparation, folder, job))
+            return run.carry_out(goes_on=goes_on)
 
 
 class _Run:
