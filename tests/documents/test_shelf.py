@@ -140,6 +140,7 @@ def index_in_a_process(folder: str, results) -> None:
         results.put((len(index), embedder.texts))
 
 
+@pytest.mark.slow
 def test_two_processes_index_the_same_folder_without_doing_anything_twice(tmp_path, runtime) -> None:
     folder = tmp_path / "documents"
     folder.mkdir()
