@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from pydantic import Field
@@ -15,27 +15,33 @@ from calpaca.cli.failure import report
 from calpaca.cli.flags import flags, group_of
 from calpaca.cli.run import AppCommand, answers_only, shared_runtime, was_typed
 from calpaca.core.errors import CalpacaError, UsageError
-from calpaca.plugins.options import ModelOptions, SamplingOptions, read_options
+from calpaca.plugins.chat_setup import ChatSetup
+from calpaca.plugins.chat_setup import preset as preset_values
+from calpaca.plugins.options import read_options
 
 if TYPE_CHECKING:
     from calpaca.core.conversation import Conversation
-    from calpaca.core.model import Model
     from calpaca.core.runtime import Runtime
     from calpaca.core.sessions import Session
+    from calpaca.core.settings import Settings
 
 _HISTORY_LINES = 1000
 
 
-class ChatOptions(ModelOptions, SamplingOptions):
+class ChatOptions(ChatSetup):
     """What `calpaca chat` is told."""
 
     plain: bool = Field(False, description="Line by line, without a screen of its own; works in a pipe.")
     session: str | None = Field(None, description="A session to go on with, by title or id; a new title begins one.")
-    system: str | None = Field(None, description="System text that a new session begins with.")
     single_turn: bool = Field(False, description="Answer each line by itself, without those before it.")
-    context: Literal["error", "drop", "summarise"] = Field(
-        "drop", description="What happens to old turns that the context has no room for."
-    )
+    preset: str | None = Field(None, description="A set-up by its name in the settings ([presets.NAME]).")
+
+    def setup(self, settings: Settings) -> ChatSetup:
+        """How the chat is to be held: what was typed goes over the preset."""
+        begun = ChatSetup()
+        if self.preset is not None:
+            begun = begun.changed(preset_values(self.preset, settings))
+        return begun.changed(self.model_dump(mode="json", include=self.model_fields_set & set(ChatSetup.model_fields)))
 
 
 @click.pass_context
@@ -57,19 +63,17 @@ def _chat(ctx: click.Context, /, **values: Any) -> int:
 
 def _on_screen(options: ChatOptions, runtime: Runtime) -> None:
     """The full-screen chat. Raises UsageError where there is no screen, and for names that nobody knows."""
-    from calpaca.plugins.hosting import host
+    from calpaca.plugins.hosting import ModelHost
     from calpaca.tui.app import ChatApp, has_screen
 
     if not has_screen():
         raise UsageError("The chat needs a terminal of its own.", "Add --plain to talk line by line.")
-    spec = runtime.check(options.spec())
-    attaches = runtime.settings.attach
-
-    def load() -> Model:
-        return host(spec, attaches=attaches) if runtime.is_local(spec) else runtime.model(spec)
-
-    session = _session(options, runtime)
-    app = ChatApp(runtime.sessions, session, load, options.sampling(runtime.settings), options.context)
+    setup = options.setup(runtime.settings)
+    runtime.check(setup.spec())
+    setup.sampling(runtime.settings)
+    session = _session(options, setup, runtime)
+    setup = setup.changed({"system": session.record.setup.get("system")})
+    app = ChatApp(runtime, ModelHost(attaches=runtime.settings.attach), session, setup)
     try:
         app.run()
     finally:
@@ -79,29 +83,26 @@ def _on_screen(options: ChatOptions, runtime: Runtime) -> None:
 def _conversation(options: ChatOptions, runtime: Runtime) -> Conversation:
     from calpaca.core.conversation import Conversation
 
-    sampling = options.sampling(runtime.settings)
+    setup = options.setup(runtime.settings)
+    sampling = setup.sampling(runtime.settings)
     runtime.attaches = runtime.settings.attach
-    session = _session(options, runtime)
-    model = runtime.model(options.spec())
-    return Conversation(session, model, sampling, options.context)
+    session = _session(options, setup, runtime)
+    model = runtime.model(setup.spec())
+    return Conversation(session, model, sampling, setup.context)
 
 
-def _session(options: ChatOptions, runtime: Runtime) -> Session:
+def _session(options: ChatOptions, setup: ChatSetup, runtime: Runtime) -> Session:
     """The session that is named, or a new one.
 
     Raises UsageError for a system text that would come too late, SessionError for a name of several sessions.
     """
-    setup = options.model_dump(mode="json", exclude_defaults=True, exclude={"session", "plain"})
     if options.session is not None and runtime.sessions.named(options.session):
         if options.system is not None:
             raise UsageError(
                 f"The session '{options.session}' has begun already.", "Leave --system out, or name a new session."
             )
         return runtime.sessions.find(options.session)
-    session = runtime.sessions.new(setup, options.session or "")
-    if options.system is not None:
-        session.add("system", options.system)
-    return session
+    return runtime.sessions.new(setup.given(), options.session or "")
 
 
 def _talk(conversation: Conversation, out: TextIO, *, as_json: bool, alone: bool) -> int:

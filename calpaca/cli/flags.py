@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-import types
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import click
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from calpaca.core.errors import PluginError
-from calpaca.plugins.options import SHARED, ModelOptions, SamplingOptions, flag_name
+from calpaca.plugins.options import SHARED, ModelOptions, SamplingOptions, flag_name, owner_of, value_type
 
 RUN_FLAGS = {"json", "verbose", "help"}
 """Flags of `calpaca run` itself, which no option of an app may take."""
@@ -40,7 +38,7 @@ def flags(app: str, model: type[BaseModel]) -> list[click.Option]:
     made: list[click.Option] = []
     headings = ("Options", *_HEADINGS.values())
     for name in sorted(model.model_fields, key=lambda field: headings.index(group_of(model, field))):
-        flag, owner = flag_name(model, name), _owner(model, name)
+        flag, owner = flag_name(model, name), owner_of(model, name)
         if flag in shared and owner not in SHARED:
             taken[flag] = f"the shared option {shared[flag].__name__}.{flag.replace('-', '_')}"
         option = option_of(app, model, name)
@@ -59,21 +57,15 @@ def _refuse_clash(app: str, field: str, flag: str, taken: dict[str, str]) -> Non
     taken[flag] = field
 
 
-def _owner(model: type[BaseModel], field: str) -> type[BaseModel]:
-    """The class in whose body the field stands."""
-    classes = (owner for owner in model.__mro__ if field in inspect.get_annotations(owner))
-    return next(classes, model)
-
-
 def group_of(model: type[BaseModel], field: str) -> str:
     """The heading under which a field's flag is listed."""
-    return _HEADINGS.get(_owner(model, field), "Options")
+    return _HEADINGS.get(owner_of(model, field), "Options")
 
 
 def option_of(app: str, model: type[BaseModel], name: str) -> click.Option:
     """The option of one field. Raises PluginError for a field type that has no flag."""
     info, flag = model.model_fields[name], flag_name(model, name)
-    kind, several = _type(info.annotation)
+    kind, several = value_type(info.annotation)
     description = info.description or ""
     if kind is bool:
         return click.Option([name, f"--{flag}/--no-{flag}"], default=None, help=_help(description, info))
@@ -83,20 +75,6 @@ def option_of(app: str, model: type[BaseModel], name: str) -> click.Option:
     return click.Option(
         [name, f"--{flag}"], type=parameter, multiple=several, help=_help(description, info), metavar=_metavar(kind)
     )
-
-
-def _type(annotation: Any) -> tuple[Any, bool]:
-    """The type of one value, and whether there may be several."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _type(arguments[0])
-    if origin in {Union, types.UnionType}:
-        inner = [argument for argument in arguments if argument is not type(None)]
-        return _type(inner[0]) if len(inner) == 1 else (annotation, False)
-    if origin is list or (origin is tuple and arguments[1:] == (Ellipsis,)):
-        kind, nested = _type(arguments[0])
-        return (annotation if nested or kind is bool else kind), True
-    return annotation, False
 
 
 def _parameter_type(kind: Any) -> click.ParamType[Any] | None:

@@ -46,8 +46,7 @@ class Conversation:
 
     def answer(self) -> Generator[Event]:
         """An answer to the conversation as it stands, or another one. As `ask`."""
-        messages = [message.as_message() for message in self.session.path()]
-        fitted = fit(self.model, messages, self.policy, max_new_tokens=self.sampling.max_new_tokens)
+        fitted = fit(self.model, self.session.messages(), self.policy, max_new_tokens=self.sampling.max_new_tokens)
         handle = self._handle = self.model.chat(fitted.messages, self.sampling)
         in_hand: AnswerInHand | None = None
         last: Chunk | None = None

@@ -58,7 +58,7 @@ def _tree(session: Session) -> dict[str, Any]:
 
 
 def _row(session: Session) -> dict[str, Any]:
-    said = [{"from": _SHAREGPT[message.role], "value": message.content} for message in session.path()]
+    said = [{"from": _SHAREGPT[message["role"]], "value": message["content"]} for message in session.messages()]
     return {"id": session.id, "conversations": said}
 
 

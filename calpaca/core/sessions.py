@@ -57,8 +57,9 @@ class StoredMessage:
     created: float
 
     def as_message(self) -> Message:
-        """As a chat template takes it."""
-        return {"role": self.role, "content": self.content}
+        """As a chat template takes it: what was attached stands before what was said."""
+        attached = [f"{each['name']}:\n\n{each['text']}" for each in self.metadata.get("attachments", ())]
+        return {"role": self.role, "content": "\n\n".join([*attached, self.content])}
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,14 @@ class Sessions:
         with self.transaction() as connection:
             connection.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
 
+    def discard_empty(self, session_id: str) -> None:
+        """Delete a session in which nothing was said."""
+        with self.transaction() as connection:
+            connection.execute(
+                "DELETE FROM sessions WHERE id = ? AND NOT EXISTS (SELECT 1 FROM messages WHERE session = sessions.id)",
+                (session_id,),
+            )
+
 
 class Session:
     """One conversation. What it says of itself is read from the file, so that two windows on it agree."""
@@ -209,6 +218,28 @@ class Session:
             path.append(by_id[at])
             at = by_id[at].parent
         return path[::-1]
+
+    def messages(self) -> list[Message]:
+        """The conversation as a model is shown it: the set-up's system text stands first where the path has none."""
+        path = self.path()
+        system = self.record.setup.get("system")
+        begins = not (path and path[0].role == "system") and system
+        return [{"role": "system", "content": system}] * bool(begins) + [message.as_message() for message in path]
+
+    def set_up(self, setup: Mapping[str, Any]) -> None:
+        """Keep what the conversation is held with from now on."""
+        with self._sessions.transaction() as connection:
+            connection.execute("UPDATE sessions SET setup = ? WHERE id = ?", (_json(setup), self.id))
+
+    def set_system(self, text: str) -> None:
+        """Change the system text of the whole conversation; it is the set-up's where no message holds it."""
+        first = next(iter(self.path()), None)
+        if first is None or first.role != "system":
+            self.set_up({**self.record.setup, "system": text})
+            return
+        with self._sessions.transaction() as connection:
+            connection.execute("UPDATE messages SET content = ? WHERE id = ?", (text, first.id))
+            _index(connection, first.id, text)
 
     def tree(self) -> list[StoredMessage]:
         """All messages of all branches, the oldest first."""
@@ -319,29 +350,36 @@ class Session:
 
 
 class AnswerInHand:
-    """An answer that is being written. It is complete when `finish` has been called."""
+    """An answer that is being written; `text` is what there is of it. It is complete when `finish` has been called."""
 
     def __init__(self, sessions: Sessions, message_id: int) -> None:
         self._sessions = sessions
         self.id = message_id
-        self._text = ""
+        self.text = ""
 
     def write(self, text: str) -> None:
         """Keep a piece; call this before it is shown."""
         if text:
-            self._text += text
+            self.text += text
             with self._sessions.transaction() as connection:
                 connection.execute("INSERT INTO pieces VALUES (?, ?)", (self.id, text))
+
+    def rewrite(self, text: str) -> None:
+        """Put a text in the place of all that was written."""
+        with self._sessions.transaction() as connection:
+            connection.execute("DELETE FROM pieces WHERE message = ?", (self.id,))
+            connection.execute("INSERT INTO pieces VALUES (?, ?)", (self.id, text))
+        self.text = text
 
     def finish(self, metadata: Mapping[str, Any], *, complete: bool = True) -> None:
         """Put the pieces together; `complete` is False for an answer that was stopped."""
         with self._sessions.transaction() as connection:
             connection.execute(
                 "UPDATE messages SET content = ?, complete = ?, metadata = ? WHERE id = ?",
-                (self._text, complete, _json(metadata), self.id),
+                (self.text, complete, _json(metadata), self.id),
             )
             connection.execute("DELETE FROM pieces WHERE message = ?", (self.id,))
-            _index(connection, self.id, self._text)
+            _index(connection, self.id, self.text)
 
 
 _RECORDS = (

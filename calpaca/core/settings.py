@@ -99,6 +99,9 @@ class Settings(BaseSettings):
     remote: RemoteSettings = Field(RemoteSettings(), description="Servers that the engine `remote` asks.")
     models: dict[str, ModelSpec] = Field({}, description="Named models: [models.NAME] model = …, adapters = […].")
     apps: dict[str, dict[str, Any]] = Field({}, description="Configured apps: [apps.NAME] app = …, and its options.")
+    presets: dict[str, dict[str, Any]] = Field(
+        {}, description="Set-ups of the chat: [presets.NAME] model = …, temperature = … (/preset)."
+    )
     plugins: dict[str, dict[str, Any]] = Field({}, description="A plugin's own settings, checked by the plugin.")
 
     @classmethod
@@ -116,7 +119,7 @@ class Settings(BaseSettings):
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {"sampling": SamplingSettings, "remote": RemoteSettings}
-_TABLES = frozenset({"models", "apps", "plugins"})
+_TABLES = frozenset({"models", "apps", "presets", "plugins"})
 
 
 class _SettingsEnvironment(EnvSettingsSource):

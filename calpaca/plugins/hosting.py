@@ -1,24 +1,32 @@
 """A model in a process of its own: the screen of its user never stands still for it, and its crash is a message.
 
 The process has a runtime of its own, with the same settings and plugins. It renders conversations and counts their tokens,
-so that the caller needs neither the model's libraries nor its tokenizer.
+so that the caller needs neither the model's libraries nor its tokenizer. Apps are run there too, on the same model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from calpaca.core.engine import Capabilities, Chunk, Conversation, Handle, Request, refuse_unsupported
 from calpaca.core.engines.process import Event, Worker
-from calpaca.core.errors import ModelError
+from calpaca.core.errors import CalpacaError, ModelError
 from calpaca.core.model import Model
 from calpaca.core.spec import ModelSpec
 from calpaca.core.template import ChatTemplate, no_template
+from calpaca.plugins.app_run import AppRun, app_events
+
+if TYPE_CHECKING:
+    from calpaca.core import events
 
 _STEP = 0.02
 """Seconds for which the process waits for a word of the model before it looks at the pipe again."""
@@ -62,6 +70,13 @@ class HostedEngine:
         self.worker.start(key, request, _Chunks(handle))
         return handle
 
+    def run_app(self, run: AppRun) -> HostedApp:
+        """Run an app where the model is."""
+        key = self.worker.new_key()
+        running = HostedApp(lambda: self.worker.cancel(key))
+        self.worker.start(key, run, _Events(running))
+        return running
+
     def count_tokens(self, conversation: Conversation) -> int:
         return int(self._ask(_Call("count_tokens", (conversation.messages, conversation.tools))))
 
@@ -92,6 +107,78 @@ def host(spec: ModelSpec, *, attaches: bool) -> Model:
         engine.close()
         raise
     return Model(str(engine.capabilities().details["model"]), spec, engine, engine.template)
+
+
+class ModelHost:
+    """Gives a chat its models, each in a process of its own, and runs apps on them."""
+
+    def __init__(self, *, attaches: bool) -> None:
+        self._attaches = attaches
+
+    def open(self, spec: ModelSpec) -> Model:
+        """As `host`."""
+        return host(spec, attaches=self._attaches)
+
+    def run(self, model: Model, run: AppRun) -> HostedApp:
+        """Run an app in the process of a model that was opened here."""
+        assert isinstance(model.engine, HostedEngine)
+        return model.engine.run_app(run)
+
+    def memory(self, model: Model) -> int | None:
+        """Bytes that the process of a model holds in memory; None where that cannot be told."""
+        pid = model.engine.worker.pid if isinstance(model.engine, HostedEngine) else None
+        return resident_bytes(pid) if pid is not None else None
+
+
+def resident_bytes(pid: int) -> int | None:
+    """Memory of a process without what is swapped out; None where the system has no `/proc`."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """An app has said all it had to say."""
+
+
+class HostedApp:
+    """What an app in the process reports; see `RunningApp`."""
+
+    def __init__(self, cancel: Callable[[], None]) -> None:
+        self._cancel = cancel
+        self._said: SimpleQueue[events.Event | Exception | _Ended] = SimpleQueue()
+
+    def __iter__(self) -> Iterator[events.Event]:
+        while not isinstance(event := self._said.get(), _Ended):
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+    def cancel(self) -> None:
+        self._cancel()
+
+    def put(self, event: events.Event | Exception | _Ended) -> None:
+        """Say this next."""
+        self._said.put(event)
+
+
+class _Events:
+    """Puts what comes from the process into a running app."""
+
+    def __init__(self, running: HostedApp) -> None:
+        self._running = running
+
+    def take(self, payload: events.Event | _Ended) -> None:
+        self._running.put(payload)
+
+    def fail(self, error: Exception) -> None:
+        self._running.put(error)
+
+    def cancel(self) -> None:
+        self._running.put(_Ended())
 
 
 class _Chunks:
@@ -138,16 +225,22 @@ class ModelRunner:
         own = runtime()
         own.attaches = attaches
         self._model = own.model(ModelSpec.model_validate(spec))
+        self._runtime = own
         self._handles: dict[int, Handle] = {}
+        self._apps: dict[int, threading.Event] = {}
         self._said: SimpleQueue[Event] = SimpleQueue()
 
     @property
     def busy(self) -> bool:
-        return bool(self._handles) or not self._said.empty()
+        return bool(self._handles or self._apps) or not self._said.empty()
 
-    def start(self, key: int, job: _Call | Request) -> None:
+    def start(self, key: int, job: _Call | Request | AppRun) -> None:
         if isinstance(job, _Call):
             self._said.put((key, self._called(job), True))
+            return
+        if isinstance(job, AppRun):
+            self._apps[key] = threading.Event()
+            Thread(target=self._run_app, args=[key, job, self._apps[key]], daemon=True).start()
             return
         handle = self._submitted(job)
         self._handles[key] = handle
@@ -157,6 +250,8 @@ class ModelRunner:
         handle = self._handles.get(key)
         if handle is not None:
             handle.cancel()
+        if key in self._apps:
+            self._apps[key].set()
 
     def step(self) -> list[Event]:
         events: list[Event] = []
@@ -169,6 +264,7 @@ class ModelRunner:
         for key, _, last in events:
             if last:
                 self._handles.pop(key, None)
+                self._apps.pop(key, None)
         return events
 
     def close(self) -> None:
@@ -195,9 +291,28 @@ class ModelRunner:
         messages: Sequence[Mapping[str, Any]] = asked.messages
         return self._model.chat(messages, request.sampling, tools=asked.tools, grammar=request.grammar)
 
+    def _run_app(self, key: int, run: AppRun, cancelled: threading.Event) -> None:
+        try:
+            with closing(app_events(run, self._runtime)) as reported:
+                for event in reported:
+                    if cancelled.is_set():
+                        break
+                    self._said.put((key, event, False))
+            self._said.put((key, _Ended(), True))
+        except Exception as error:
+            self._said.put((key, _told(run.name, error), True))
+
     def _pass_on(self, key: int, handle: Handle) -> None:
         try:
             for chunk in handle:
                 self._said.put((key, chunk, chunk.finish_reason is not None))
         except Exception as error:
             self._said.put((key, error, True))
+
+
+def _told(app: str, error: Exception) -> CalpacaError:
+    """An error of ours as it is; any other one as that of the app, which a person can read."""
+    if isinstance(error, CalpacaError):
+        return error
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return ModelError(f"The app '{app}' failed: {said}", "See: calpaca plugins")

@@ -13,9 +13,11 @@ them `| None`. Its description is the flag's help.
 
 from __future__ import annotations
 
+import inspect
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -104,6 +106,25 @@ def _fault(model: type[BaseModel], error: ErrorDetails, where: str) -> str:
     if error["type"] == "missing":
         return f"{where} needs the option --{flag}."
     return f"Option --{flag} is {error['input']!r}: {error['msg']}."
+
+
+def value_type(annotation: Any) -> tuple[Any, bool]:
+    """The type of one value of a field, and whether it holds several."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return value_type(arguments[0])
+    if origin in {Union, types.UnionType}:
+        inner = [argument for argument in arguments if argument is not type(None)]
+        return value_type(inner[0]) if len(inner) == 1 else (annotation, False)
+    if origin is list or (origin is tuple and arguments[1:] == (Ellipsis,)):
+        kind, nested = value_type(arguments[0])
+        return (annotation if nested or kind is bool else kind), True
+    return annotation, False
+
+
+def owner_of(model: type[BaseModel], field: str) -> type[BaseModel]:
+    """The class in whose body a field stands: one of `SHARED` for a shared option."""
+    return next((owner for owner in model.__mro__ if field in inspect.get_annotations(owner)), model)  # type: ignore[return-value]
 
 
 def flag_name(model: type[BaseModel], field: str) -> str:

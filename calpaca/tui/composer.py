@@ -9,6 +9,8 @@ from textual.events import Key
 from textual.message import Message
 from textual.widgets import TextArea
 
+from calpaca.tui.completion import Completion
+
 
 class Composer(TextArea):
     """A text area that sends on Enter. Up and Down at its edges call up what was sent before."""
@@ -29,6 +31,11 @@ class Composer(TextArea):
         self._sent: list[str] = []
         self._at = 0
 
+    def write(self, text: str) -> None:
+        """Put a text there to go on with."""
+        self.text = text
+        self.move_cursor(self.document.end)
+
     def remember(self, texts: list[str]) -> None:
         """What Up calls up: the questions of the session so far."""
         self._sent = list(texts)
@@ -42,6 +49,10 @@ class Composer(TextArea):
             event.prevent_default()
             event.stop()
             self._send()
+            return
+        if event.key == "tab" and self.app.query_one(Completion).complete(self):
+            event.prevent_default()
+            event.stop()
             return
         if event.key == "up" and self.cursor_at_first_line and self._recall(-1):
             event.prevent_default()
@@ -67,6 +78,5 @@ class Composer(TextArea):
         if self.text != shown or not 0 <= self._at + step <= len(self._sent):
             return False
         self._at += step
-        self.text = self._sent[self._at] if self._at < len(self._sent) else ""
-        self.move_cursor(self.document.end)
+        self.write(self._sent[self._at] if self._at < len(self._sent) else "")
         return True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import BindingType
@@ -10,7 +11,8 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Markdown
 
-from calpaca.tui.commands import help_text
+if TYPE_CHECKING:
+    from calpaca.tui.commands import Command
 
 _KEYS = """\
 | Key | |
@@ -20,8 +22,9 @@ _KEYS = """\
 | Escape | Stop the answer; it is kept as far as it came. |
 | Ctrl+R, Ctrl+E, Ctrl+Y | Answer again, edit the last question, copy the last answer. |
 | Ctrl+N, Ctrl+O | A new session; all sessions, with search. |
+| Ctrl+T | What the last answer about documents rests on. |
 | Ctrl+P | Everything by name, and themes. |
-| Tab, Shift+Tab | To the messages and back. On one: **e** edits, **r** answers again, **c** copies, ← → walk its branches. |
+| Tab, Shift+Tab | To the messages and back. On one: **e** edits, **r** answers again, **c** copies, **s** shows its sources, ← → walk its branches. |
 | Ctrl+Q | Quit. |
 """
 
@@ -31,6 +34,12 @@ class HelpScreen(ModalScreen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [("escape,f1,q", "dismiss", "Close")]
 
+    def __init__(self, apps: Mapping[str, Command]) -> None:
+        super().__init__()
+        self._apps = apps
+
     def compose(self) -> ComposeResult:
+        from calpaca.tui.commands import help_text  # the commands open this screen
+
         with VerticalScroll(classes="window"):
-            yield Markdown(f"{_KEYS}\n\n{help_text()}")
+            yield Markdown(f"{_KEYS}\n\n{help_text(self._apps)}")

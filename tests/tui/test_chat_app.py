@@ -1,17 +1,11 @@
 """The chat on the screen, driven as a person drives it; the engine is the test kit's."""
 
-import asyncio
-from collections.abc import Callable
 from threading import Event
 
-import pytest
-from textual.widgets import Input, Markdown, OptionList, Static
+from textual.widgets import Input, OptionList, Static
 
-from calpaca.core.engine import Sampling
 from calpaca.core.errors import ModelError
-from calpaca.core.sessions import Sessions
 from calpaca.testing import fake_model
-from calpaca.tui.app import ChatApp
 from calpaca.tui.composer import Composer
 from calpaca.tui.dialogs import ErrorDialog
 from calpaca.tui.transcript import MessageView
@@ -19,60 +13,11 @@ from calpaca.tui.transcript import MessageView
 SIZE = (80, 24)
 
 
-@pytest.fixture
-def sessions(tmp_path) -> Sessions:
-    return Sessions(tmp_path / "sessions.sqlite")
-
-
-@pytest.fixture
-def chat(sessions) -> Callable[..., ChatApp]:
-    """`chat(answers, …)` is a chat with a scripted model."""
-
-    def make(answers=None, *, load=None, sampling=Sampling(), session=None, **options) -> ChatApp:
-        model = fake_model(answers, **options)
-        app = ChatApp(sessions, session or sessions.new({}), load or (lambda: model), sampling, "drop")
-        app.fake = model.engine
-        return app
-
-    return make
-
-
-async def until(pilot, holds: Callable[[], bool]) -> None:
-    for _ in range(500):
-        await pilot.pause(0.01)
-        if holds():
-            return
-    raise AssertionError("it did not come about")
-
-
-async def ask(pilot, text: str) -> None:
-    app = pilot.app
-    app.composer.text = text
-    await pilot.press("enter")
-    await until(pilot, lambda: not app._answering)
-    await pilot.pause()
-
-
-def shown(app) -> list[str]:
-    """What stands on the screen, message by message."""
-    texts = []
-    for view in app.query(MessageView):
-        markdown = view.query(Markdown)
-        if not view.children:  # it has its place, and is not filled yet
-            continue
-        texts.append(markdown.first().source if markdown else str(view.query_one(Static).content))
-    return texts
-
-
-def titles(app) -> list[str]:
-    return [str(view.border_title) for view in app.query(MessageView)]
-
-
-async def test_a_question_is_answered_and_kept(chat):
+async def test_a_question_is_answered_and_kept(chat, until, shown, titles):
     app = chat(["A **camelid**."])
     async with app.run_test(size=SIZE) as pilot:
         await pilot.press(*"Hi", "ctrl+j", *"you", "enter")
-        await until(pilot, lambda: len(shown(app)) == 2 and not app._answering)
+        await until(pilot, lambda: len(shown(app)) == 2 and not app.is_answering)
         assert shown(app) == ["Hi\nyou", "A **camelid**."]
         assert titles(app) == ["You", "Answer · fake"]
         assert "14 tokens · first after" in str(app.status.content)
@@ -81,7 +26,7 @@ async def test_a_question_is_answered_and_kept(chat):
     assert [message.content for message in app.session.path()] == ["Hi\nyou", "A **camelid**."]
 
 
-async def test_one_can_write_and_ask_before_the_model_is_there(chat):
+async def test_one_can_write_and_ask_before_the_model_is_there(chat, until, shown):
     model, there = fake_model(["at last"]), Event()
 
     def load():
@@ -97,11 +42,11 @@ async def test_one_can_write_and_ask_before_the_model_is_there(chat):
         assert shown(app) == ["early"]
         there.set()
         await until(pilot, lambda: len(shown(app)) == 2)
-        await until(pilot, lambda: not app._answering)
+        await until(pilot, lambda: not app.is_answering)
         assert shown(app) == ["early", "at last"]
 
 
-async def test_a_model_that_cannot_be_loaded_is_a_dialog_and_the_question_is_given_back(chat):
+async def test_a_model_that_cannot_be_loaded_is_a_dialog_and_the_question_is_given_back(chat, until, ask, shown):
     loads = iter([ModelError("No such model.", "Name another."), fake_model(["there"])])
 
     def load():
@@ -119,33 +64,33 @@ async def test_a_model_that_cannot_be_loaded_is_a_dialog_and_the_question_is_giv
         assert shown(app) == ["again?", "there"]
 
 
-async def test_escape_stops_an_answer_and_what_was_shown_is_kept(chat):
-    app = chat(["word " * 500], delay=0.005, sampling=Sampling(max_new_tokens=3000))
+async def test_escape_stops_an_answer_and_what_was_shown_is_kept(chat, until, shown, titles):
+    app = chat(["word " * 500], delay=0.005, max_new_tokens=3000)
     async with app.run_test(size=SIZE) as pilot:
         app.composer.text = "go on"
         await pilot.press("enter")
         await until(pilot, lambda: len(shown(app)) == 2 and "word word" in shown(app)[1])
         await pilot.press("escape")
-        await until(pilot, lambda: not app._answering)
+        await until(pilot, lambda: not app.is_answering)
         assert titles(app)[1].endswith("not complete")
         assert app.session.path()[1].content == shown(app)[1]
-        await until(pilot, lambda: app.fake.running == 0)
+        await until(pilot, lambda: app.slot.host.model.engine.running == 0)
 
 
-async def test_other_screens_may_be_opened_while_an_answer_is_written(chat):
+async def test_other_screens_may_be_opened_while_an_answer_is_written(chat, until, shown):
     app = chat(["word " * 100], delay=0.005)
     async with app.run_test(size=SIZE) as pilot:
         app.composer.text = "go on"
         await pilot.press("enter")
         await until(pilot, lambda: len(shown(app)) == 2)
         await pilot.press("ctrl+o")
-        await until(pilot, lambda: not app._answering)
+        await until(pilot, lambda: not app.is_answering)
         await pilot.press("escape")
         assert shown(app)[1].count("word") == 100
 
 
-async def test_leaving_in_mid_answer_keeps_what_was_written(chat):
-    app = chat(["word " * 2000], delay=0.002, sampling=Sampling(max_new_tokens=20_000))
+async def test_leaving_in_mid_answer_keeps_what_was_written(chat, until, shown):
+    app = chat(["word " * 2000], delay=0.002, max_new_tokens=20_000)
     async with app.run_test(size=SIZE) as pilot:
         app.composer.text = "go on"
         await pilot.press("enter")
@@ -154,8 +99,8 @@ async def test_leaving_in_mid_answer_keeps_what_was_written(chat):
     assert [message.complete for message in app.session.path()] == [True, False]
 
 
-async def test_while_an_answer_is_written_another_question_waits_in_the_composer(chat):
-    app = chat(["word " * 2000], delay=0.005, sampling=Sampling(max_new_tokens=20_000))
+async def test_while_an_answer_is_written_another_question_waits_in_the_composer(chat, until, shown):
+    app = chat(["word " * 2000], delay=0.005, max_new_tokens=20_000)
     async with app.run_test(size=SIZE) as pilot:
         app.composer.text = "first"
         await pilot.press("enter")
@@ -165,17 +110,17 @@ async def test_while_an_answer_is_written_another_question_waits_in_the_composer
         await pilot.pause()
         assert app.composer.text == "second"
         await pilot.press("escape")
-        await until(pilot, lambda: not app._answering)
+        await until(pilot, lambda: not app.is_answering)
         assert shown(app)[0] == "first"
         assert len(shown(app)) == 2
 
 
-async def test_again_makes_a_second_answer_and_branches_are_walked(chat):
+async def test_again_makes_a_second_answer_and_branches_are_walked(chat, until, ask, shown, titles):
     app = chat(["red", "blue"])
     async with app.run_test(size=SIZE) as pilot:
         await ask(pilot, "A colour?")
         await pilot.press("ctrl+r")
-        await until(pilot, lambda: shown(app)[-1] == "blue" and not app._answering)
+        await until(pilot, lambda: shown(app)[-1] == "blue" and not app.is_answering)
         await pilot.pause()
         assert titles(app)[1] == "Answer · fake · 2 of 2"
         app.query(MessageView).last().focus()
@@ -186,7 +131,7 @@ async def test_again_makes_a_second_answer_and_branches_are_walked(chat):
         await until(pilot, lambda: shown(app)[-1] == "blue")
 
 
-async def test_an_edited_question_is_a_branch(chat):
+async def test_an_edited_question_is_a_branch(chat, ask, shown, titles):
     app = chat(["a monk", "a camelid"])
     async with app.run_test(size=SIZE) as pilot:
         await ask(pilot, "What is a lama?")
@@ -196,12 +141,12 @@ async def test_an_edited_question_is_a_branch(chat):
         await ask(pilot, "What is a llama?")
         assert shown(app) == ["What is a llama?", "a camelid"]
         assert titles(app)[0] == "You · 2 of 2"
-        assert "lama" not in app.fake.prompts[-1].replace("llama", "")
+        assert "lama" not in app.slot.host.model.engine.prompts[-1].replace("llama", "")
         await pilot.press("ctrl+e", "escape")
         assert app.composer.text == ""
 
 
-async def test_any_message_can_be_edited_from_where_it_stands(chat):
+async def test_any_message_can_be_edited_from_where_it_stands(chat, ask, shown):
     app = chat(["one", "two", "three"])
     async with app.run_test(size=SIZE) as pilot:
         await ask(pilot, "first")
@@ -211,10 +156,10 @@ async def test_any_message_can_be_edited_from_where_it_stands(chat):
         await ask(pilot, "my own words")
         assert shown(app) == ["first", "my own words"]
         await ask(pilot, "and then?")
-        assert "my own words" in app.fake.prompts[-1]
+        assert "my own words" in app.slot.host.model.engine.prompts[-1]
 
 
-async def test_an_engine_that_fails_is_a_dialog_and_the_question_is_given_back(chat):
+async def test_an_engine_that_fails_is_a_dialog_and_the_question_is_given_back(chat, until, ask, shown):
     app = chat([ModelError("The engine crashed.", "It is started again."), "fine"])
     async with app.run_test(size=SIZE) as pilot:
         await ask(pilot, "hello")
@@ -225,7 +170,7 @@ async def test_an_engine_that_fails_is_a_dialog_and_the_question_is_given_back(c
         await until(pilot, lambda: shown(app) == ["hello", "fine"])
 
 
-async def test_sessions_are_searched_opened_renamed_and_deleted(chat, sessions):
+async def test_sessions_are_searched_opened_renamed_and_deleted(chat, sessions, until, ask, shown):
     old = sessions.new({})
     old.add("user", "羊驼住在哪里？")
     old.add("assistant", "安第斯山脉。")
@@ -255,7 +200,7 @@ async def test_sessions_are_searched_opened_renamed_and_deleted(chat, sessions):
         await until(pilot, lambda: len(sessions.records()) == 1)
 
 
-async def test_a_new_session_begins_with_an_empty_screen_and_may_have_a_system_text(chat, sessions):
+async def test_a_new_session_begins_with_an_empty_screen_and_may_have_a_system_text(chat, sessions, until, ask, shown):
     app = chat(["fine"])
     async with app.run_test(size=SIZE) as pilot:
         await ask(pilot, "hello")
@@ -265,36 +210,31 @@ async def test_a_new_session_begins_with_an_empty_screen_and_may_have_a_system_t
         await pilot.press("enter")
         await until(pilot, lambda: shown(app) == ["Be brief."])
         await ask(pilot, "hello")
-        assert app.fake.prompts[-1].startswith("<|im_start|>system\nBe brief.")
+        assert app.slot.host.model.engine.prompts[-1].startswith("<|im_start|>system\nBe brief.")
     assert len(sessions.records()) == 2
 
 
-async def test_slash_commands_export_import_rename_and_fork(chat, tmp_path, sessions):
+async def test_slash_commands_export_import_rename_and_fork(chat, tmp_path, sessions, ask, command, shown):
     app = chat(["A camelid."])
     async with app.run_test(size=SIZE) as pilot:
         await ask(pilot, "What is a llama?")
 
-        async def command(text: str, holds: Callable[[], bool]) -> None:
-            app.composer.text = text
-            await pilot.press("enter")
-            await until(pilot, holds)
-
         file = tmp_path / "talk.json"
-        await command(f"/export {file}", file.exists)
-        await command("/rename Camelids", lambda: app.session.record.title == "Camelids")
+        await command(pilot, f"/export {file}", file.exists)
+        await command(pilot, "/rename Camelids", lambda: app.session.record.title == "Camelids")
         first = app.session.id
-        await command("/fork", lambda: app.session.record.title == "Camelids (fork)")
-        await command(f"/import {file}", lambda: len(sessions.records()) == 3)
+        await command(pilot, "/fork", lambda: app.session.record.title == "Camelids (fork)")
+        await command(pilot, f"/import {file}", lambda: len(sessions.records()) == 3)
         assert app.session.id != first
         assert shown(app) == ["What is a llama?", "A camelid."]
-        await command(f"/export {file}", lambda: isinstance(app.screen, ErrorDialog))
+        await command(pilot, f"/export {file}", lambda: isinstance(app.screen, ErrorDialog))
         await pilot.press("escape")
-        await command("/exprot x", lambda: len(app._notifications) > 0)
+        await command(pilot, "/exprot x", lambda: len(app._notifications) > 0)
         assert app.composer.text == "/exprot x"
-        await command("//etc/hosts is a file", lambda: shown(app)[-2:] == ["/etc/hosts is a file", "A camelid."])
+        await command(pilot, "//etc/hosts is a file", lambda: shown(app)[-2:] == ["/etc/hosts is a file", "A camelid."])
 
 
-async def test_up_calls_up_what_was_sent_before(chat):
+async def test_up_calls_up_what_was_sent_before(chat, ask):
     app = chat(["fine"])
     async with app.run_test(size=SIZE) as pilot:
         await ask(pilot, "first")
@@ -307,8 +247,8 @@ async def test_up_calls_up_what_was_sent_before(chat):
         assert app.composer.text == ""
 
 
-async def test_a_long_answer_leaves_the_screen_responsive(chat):
-    app = chat(["word " * 1000], delay=0.0, sampling=Sampling(max_new_tokens=30_000))
+async def test_a_long_answer_leaves_the_screen_responsive(chat, until, shown):
+    app = chat(["word " * 1000], delay=0.0, max_new_tokens=30_000)
     async with app.run_test(size=SIZE) as pilot:
         app.composer.text = "go on"
         await pilot.press("enter")
@@ -316,14 +256,13 @@ async def test_a_long_answer_leaves_the_screen_responsive(chat):
         await pilot.press(*"typed")
         assert app.query_one(Composer).text == "typed"
         await pilot.press("escape")
-        await until(pilot, lambda: not app._answering)
+        await until(pilot, lambda: not app.is_answering)
 
 
-async def test_old_turns_that_were_left_out_are_told(chat):
-    app = chat(["fine"], context_length=200, sampling=Sampling(max_new_tokens=10))
+async def test_old_turns_that_were_left_out_are_told(chat, ask):
+    app = chat(["fine"], context_length=200, max_new_tokens=10)
     async with app.run_test(size=SIZE) as pilot:
         for number in range(4):
             await ask(pilot, f"question {number}")
         assert "messages left out" in str(app.status.content)
     assert len(app.session.path()) == 8
-    await asyncio.sleep(0)
