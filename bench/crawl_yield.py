@@ -3,8 +3,9 @@
     python bench/crawl_yield.py [--model MODEL] [--tokens 6000] [--language en] [--records 2] [--seed 0]
 
 The seed is crawl_prompt.py of Chinese-LLaMA-Alpaca: one plain prompt asks for 20 records of drawn topics and kinds of
-tasks, and the raw text is written down. Here it gets what it lacks: its records are read with our own reader, repaired
-where that goes, and judged by our own filters, so that only the way of asking differs. Prints one JSON object.
+tasks, and the raw text is written down. Here it may generate as many tokens as ours did, and gets what it lacks: its
+records are read with our own reader, repaired where that goes, and judged by our own filters, so that only the way of
+asking differs. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,6 +32,9 @@ from calpaca_crawl.report import diversity
 from calpaca_crawl.row import read_row
 
 _SEED_RECORDS = 20
+_SEED_LONGEST = 1_000
+"""Tokens of one of the seed's replies, at the most: its twenty records would need more, and small models never end."""
+_AT_ONCE = 4
 _SEED_PROMPT = {
     "en": "Give me {count} different records of training data in JSON with instruction, input and output, that meet these "
     "conditions:\n1. The topics vary: {topics}.\n2. The wording varies, and so do the kinds of tasks: {tasks}.\n3. What a "
@@ -42,12 +48,12 @@ _SEED_PROMPT = {
 
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
-    """Our command, with a limit on tokens that its prompts do not count towards: it is stopped by what it generated."""
+    """Our command, whose cost is what it generates: it stops before that could exceed --tokens."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.jsonl")
         budget = ["--price-out", "1000000", "--max-cost", str(options.tokens), "--max-rows", "100000"]
         command = [sys.executable, "-m", "calpaca", "crawl", "instructions", str(rows), "--language", options.language,
-                   "--records", str(options.records), "--seed", str(options.seed), *budget, "--json"]  # fmt: skip
+                   "--records", str(options.records), "--seed", str(options.seed), "--in-flight", str(_AT_ONCE), *budget, "--json"]  # fmt: skip
         command += ["--model", options.model] if options.model else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         figures = json.loads(done.stdout or rows.with_suffix(".report.json").read_text("utf-8"))
@@ -57,37 +63,40 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def seed(options: argparse.Namespace) -> dict[str, Any]:
-    """The seed's prompt, again and again, until as many tokens are generated."""
+def seed(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
+    """The seed's prompt, again and again, until at least so many tokens are generated."""
     prompts, kept, generated = Prompts(options.language), [], 0
     filters = Filters(Limits(language=options.language, toxic=prompts.lines("toxic")))
-    rejected: dict[str, int] = {}
+    rejected: Counter[str] = Counter()
     with build_runtime(read_settings()) as runtime:
-        model = runtime.model(ModelSpec(model=options.model) if options.model else ModelSpec())
-        for number in range(10_000):
-            if generated >= options.tokens:
+        model = runtime.model(ModelSpec(model=options.model))
+        for batch in count(0, _AT_ONCE):
+            if generated >= tokens:
                 break
-            chance = Random(f"{options.seed} {number}")
-            asked = _SEED_PROMPT[options.language].format(
-                count=_SEED_RECORDS,
-                topics=", ".join(chance.sample(prompts.lines("topics"), 10)),
-                tasks=", ".join(chance.sample(prompts.lines("tasks"), 10)),
-            )
-            most = min(options.tokens - generated, 1_500)
-            sampling = Sampling(temperature=0.9, top_p=0.95, max_new_tokens=most, seed=options.seed + number)
-            reply = model.chat([{"role": "user", "content": asked}], sampling).result()
-            generated += reply.usage.completion_tokens
-            for record in read_records(reply.text) or [{}]:
-                row = read_row(record)
-                reason = "no_json" if row is None else filters.reason(row)
-                if row is not None and reason is None:
-                    kept.append(row.question)
-                else:
-                    rejected[str(reason)] = rejected.get(str(reason), 0) + 1
+            asked = [
+                seed_prompt(prompts, Random(f"{options.seed} {number}")) for number in range(batch, batch + _AT_ONCE)
+            ]
+            most = min((tokens - generated) // _AT_ONCE + 1, _SEED_LONGEST)
+            sampling = Sampling(temperature=0.9, top_p=0.95, max_new_tokens=most, seed=options.seed + batch)
+            handles = [model.chat([{"role": "user", "content": each}], sampling) for each in asked]
+            for reply in [handle.result() for handle in handles]:
+                generated += reply.usage.completion_tokens
+                for record in read_records(reply.text) or [{}]:
+                    row = read_row(record)
+                    reason = "no_json" if row is None else filters.reason(row)
+                    if row is not None and reason is None:
+                        kept.append(row.question)
+                    else:
+                        rejected[str(reason)] += 1
     return {
-        "rows": len(kept), "completion_tokens": generated, "diversity": diversity(kept), "rejected": rejected,
+        "rows": len(kept), "completion_tokens": generated, "diversity": diversity(kept), "rejected": dict(rejected),
         "rows_per_1000_generated_tokens": round(1000 * len(kept) / max(generated, 1), 3),
     }  # fmt: skip
+
+
+def seed_prompt(prompts: Prompts, chance: Random) -> str:
+    topics, tasks = chance.sample(prompts.lines("topics"), 10), chance.sample(prompts.lines("tasks"), 10)
+    return _SEED_PROMPT[prompts.language].format(count=_SEED_RECORDS, topics=", ".join(topics), tasks=", ".join(tasks))
 
 
 def main() -> None:
@@ -98,7 +107,8 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    print(json.dumps({"ours": ours(options), "seed": seed(options)}, ensure_ascii=False))
+    made = ours(options)
+    print(json.dumps({"ours": made, "seed": seed(options, made["completion_tokens"])}, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class InstructionOptions(ModelOptions, SamplingOptions):
     similarity: float = Field(0.7, gt=0, le=1, description="ROUGE-L from which on a question is no new one.")
     shortest_answer: int = Field(1, ge=1, description="Characters of an answer, at the least.")
     longest_answer: int = Field(8000, ge=1, description="Characters of an answer, at the most.")
-    score: str | None = Field(None, description="Model that scores each row from 1 to 5, such as --model's own name.")
+    score: str | None = Field(None, description="Model that scores each row from 1 to 5; it may be --model itself.")
     min_score: int = Field(3, ge=1, le=5, description="Score that a row must have, where there is a --score model.")
     max_rows: int = Field(100, ge=1, description="Stop at so many rows.")
     max_tokens: int | None = Field(None, ge=1, description="Never use more tokens than this, prompts included.")

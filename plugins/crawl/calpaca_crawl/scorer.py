@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from calpaca.core.engine import Handle, Sampling, Usage
 from calpaca.core.errors import CalpacaError
 from calpaca.core.jobs import Ledger, step_key
+from calpaca_crawl.attempts import Attempts
 from calpaca_crawl.budget import Spending
 from calpaca_crawl.generator import Generator
 from calpaca_crawl.prompts import Prompts
@@ -35,6 +36,7 @@ class Scorer:
     least: int
     ledger: Ledger
     spending: Spending
+    attempts: Attempts
 
     @property
     def name(self) -> str:
@@ -45,7 +47,7 @@ class Scorer:
         tasks = [self._task(row) for row in rows]
         keys = [step_key(KIND, model=self.generator.model.fingerprint, prompt=task.prompt) for task in tasks]
         known = self.ledger.get_many(keys)
-        asked = [None if key in known else self._submitted(task) for key, task in zip(keys, tasks, strict=True)]
+        asked = [None if key in known else self._submitted(key, task) for key, task in zip(keys, tasks, strict=True)]
         return [
             int(known[key]) if key in known else self._received(key, request)
             for key, request in zip(keys, asked, strict=True)
@@ -55,11 +57,12 @@ class Scorer:
         prompt = self.prompts.filled("score", question=row.question, answer=row.answer)
         return Task("score", prompt, _SCHEMA, _unread)
 
-    def _submitted(self, task: Task) -> tuple[Handle, Usage] | None:
+    def _submitted(self, key: str, task: Task) -> tuple[Handle, Usage] | None:
         most = Usage(self.generator.prompt_tokens(task), _SAMPLING.max_new_tokens or 0)
         if self.spending.refusal(most) is not None:
             return None
         self.spending.reserve(most)
+        self.attempts.note(key, most)
         return self.generator.submit(task, _SAMPLING), most
 
     def _received(self, key: str, request: tuple[Handle, Usage] | None) -> int | None:

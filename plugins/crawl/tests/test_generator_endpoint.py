@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -183,3 +188,24 @@ def test_an_answer_that_is_none_ends_the_run_with_a_message_and_is_counted(crawl
     report = json.loads(Path("rows.report.json").read_text())
     assert report["failed_requests"] or report["rejected"]
     assert report["rows"] == 0
+
+
+@pytest.mark.skipif(not shutil.which("unshare") or os.geteuid() != 0, reason="needs the right to mount a tiny disk")
+@pytest.mark.slow
+def test_a_full_disk_is_named_and_no_reply_is_asked_for_again(tmp_path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    with endpoint(lambda number: (200, row(number))) as server:
+        model = f"http://127.0.0.1:{server.server_port}/v1#m"
+        options = ["--model", model, "--records", "1", "--max-rows", "4", "--in-flight", "1"]
+        command = [sys.executable, "-m", "calpaca", "crawl", "instructions", str(small / "rows.jsonl"), *options]
+        mounted = f"mount -t tmpfs -o size=4k none {small} && exec {shlex.join(command)}"
+        done = subprocess.run(["unshare", "--mount", "sh", "-c", mounted], capture_output=True, text=True, check=False)
+        if "mount:" in done.stderr or "unshare:" in done.stderr:
+            pytest.skip("mounting is not allowed here")
+        assert done.returncode == 1
+        assert "cannot be written: No space left on device" in done.stderr
+        asked = server.count
+        subprocess.run(command, check=True, capture_output=True)
+        assert server.count == asked
+    assert len((small / "rows.jsonl").read_text().splitlines()) == 4

@@ -129,7 +129,9 @@ def _generators(options: InstructionOptions, runtime: Runtime) -> tuple[list[Gen
 def _scorer(judge: Generator | None, options: InstructionOptions, prompts: Prompts, run: Run) -> Scorer | None:
     from calpaca_crawl.scorer import Scorer
 
-    return None if judge is None else Scorer(judge, prompts, options.min_score, run.job.ledger, run.spending)
+    if judge is None:
+        return None
+    return Scorer(judge, prompts, options.min_score, run.job.ledger, run.spending, run.attempts)
 
 
 def _limits(options: InstructionOptions, prompts: Prompts) -> Any:
