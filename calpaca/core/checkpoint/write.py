@@ -41,6 +41,7 @@ _WRITERS = {
     "torch": lambda stream, file: torch_zip.write(stream, file.tensors),
     "gguf": lambda stream, file: gguf_file.write(stream, file.tensors, file.header),
 }
+_PARTIAL = ".partial"
 _RUN = "run"  # the work folder's file that tells this run from an earlier one into the same output
 _ELSEWHERE = "or name another --output; the same command then goes on where it stopped"
 
@@ -65,7 +66,7 @@ def check_output(output: Path) -> None:
 
 def work_folder(output: Path) -> Path:
     """Where a model is written until it is whole."""
-    return output.absolute().parent / f".{output.name}.partial"
+    return output.absolute().parent / f".{output.name}{_PARTIAL}"
 
 
 def write_model(plan: ModelPlan, output: Path, jobs: Ledger, command: Command | None = None) -> Manifest:
@@ -127,7 +128,7 @@ def _write_files(folder: Path, plan: ModelPlan, job: Job) -> list[dict[str, Any]
     keys = _usable_keys(folder, plan, job.ledger)
     finished = job.ledger.get_many(keys)
     left = sum(file.size for file, key in zip(plan.files, keys, strict=True) if key not in finished)
-    check_space(folder, left, folder.name, _ELSEWHERE)
+    check_space(folder, left, folder.name.removeprefix(".").removesuffix(_PARTIAL), _ELSEWHERE)
     job.expect(len(plan.files))
     records: dict[int, dict[str, Any]] = {}
     with tqdm(total=plan.size, initial=plan.size - left, unit="B", unit_scale=True, disable=None, leave=False) as bar:
