@@ -6,7 +6,7 @@ The plan follows from the data and the seed alone, so a run that is resumed goes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -96,6 +96,13 @@ def _pack(numbers: np.ndarray, dataset: Dataset, options: BatchOptions) -> list[
             packs[at].append(number)
             room[at] -= length
     return list(map(tuple, packs))
+
+
+def most_tokens(batches: Sequence[Batch], dataset: Dataset, multiple: int = 8) -> int:
+    """Tokens of the largest batch, its rows padded to a multiple of `multiple`."""
+    lengths = dataset.lengths.tolist()
+    longest = ((len(batch), max(sum(lengths[number] for number in pack) for pack in batch)) for batch in batches)
+    return max((rows * -(-tokens // multiple) * multiple for rows, tokens in longest), default=0)
 
 
 def split(dataset: Dataset, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

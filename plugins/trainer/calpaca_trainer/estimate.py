@@ -1,8 +1,9 @@
 """How much memory a run will take, before anything is loaded.
 
-Activations are those that PyTorch keeps for the backward pass of a LLaMA layer, counted from its code in transformers
-5: for each token, in the dtype that is computed in, what each linear layer reads, the heads, and the gate; in float32,
-what each norm keeps. Attention's own are those of a fused kernel, which keeps no matrix of all pairs.
+Activations are those that are kept for the backward pass, for each token of the largest batch. A fused layer keeps its
+two inputs, the heads and what they saw, gate and up, all in the dtype that is computed in. PyTorch keeps of transformers'
+own layer what each linear layer reads, the heads before and after rotation, the gate, and in float32 what each norm and
+each adapter reads. Attention's own are those of a fused kernel, which keeps no matrix of all pairs.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from calpaca_trainer.recipe import Recipe
 
 _LIBRARIES = 600_000_000  # torch, transformers and their threads, bytes
 _HOLES = 1.25  # batches of different lengths leave holes in memory: 3.8 GB where 3.2 GB were in use
-_HEAD_ROWS = 256  # hidden states whose logits exist at a time
+_HEAD_ROWS = 128  # hidden states whose logits exist at a time
 _OPTIMISER = 12  # bytes for each trained number beside its value: gradient, and two averages of AdamW
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes. `activations` are of one batch at full length without checkpointing, `checkpointed` with it."""
+    """Bytes. `activations` are of the largest batch without checkpointing, `checkpointed` with it."""
 
     weights: int
     trained: int
@@ -49,19 +50,21 @@ class MemoryEstimate:
         return [(name, megabytes(size)) for name, size in parts.items()]
 
 
-def estimate_memory(recipe: Recipe, shapes: Shapes, config: Mapping[str, Any], width: int) -> MemoryEstimate:
-    """Estimate from the base's shapes and `config.json`. `width` is the bytes of a number that is computed with."""
+def estimate_memory(
+    recipe: Recipe, shapes: Shapes, config: Mapping[str, Any], *, width: int, tokens: int
+) -> MemoryEstimate:
+    """Estimate from the base's shapes and `config.json`. `width` is the bytes of a number that is computed with, and
+    `tokens` are those of the largest batch."""
     weights, trained = _weights(recipe, shapes, width)
-    tokens = recipe.batch_size * recipe.max_length
     layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
-    layer = _layer_bytes(recipe, config, width)
+    layer = (_fused_bytes if _is_fused(recipe, config) else _layer_bytes)(recipe, config, width)
     return MemoryEstimate(
         weights=weights,
         trained=4 * trained,
         optimiser=_OPTIMISER * trained,
         activations=int(_HOLES * tokens * (layers * layer + 3 * hidden * width)),
         checkpointed=int(_HOLES * tokens * (layers * hidden * width + layer)),
-        head=(4 + 2 * width) * _HEAD_ROWS * int(config["vocab_size"]),
+        head=(4 * 2 + 2 * width) * min(_HEAD_ROWS, tokens) * int(config["vocab_size"]),
     )
 
 
@@ -86,14 +89,44 @@ def _is_saved(recipe: Recipe, name: str) -> bool:
     return any(name.removesuffix(".weight").endswith(module) for module in recipe.save_modules)
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers that a layer has for each token: of its hidden state, its feed-forward part, all queries, and all keys."""
+
+    hidden: int
+    middle: int
+    queries: int
+    keys: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> _Sizes:
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        keys = (values_per_token(config) or 0) // (2 * int(config["num_hidden_layers"]))
+        queries = heads * int(config.get("head_dim") or hidden // heads)
+        return cls(hidden, int(config["intermediate_size"]), queries, keys)
+
+
+def _is_fused(recipe: Recipe, config: Mapping[str, Any]) -> bool:
+    """Whether the layers will be fused, as far as that can be told before they are loaded."""
+    plain = recipe.method == "lora" and not (recipe.dora or recipe.dropout or recipe.quantization)
+    return plain and not (recipe.fsdp or recipe.deepspeed) and config.get("model_type") == "llama"
+
+
+def _fused_bytes(recipe: Recipe, config: Mapping[str, Any], width: int) -> int:
+    """Bytes that a fused layer keeps for each token."""
+    sizes = _Sizes.of(config)
+    kept = 2 * sizes.hidden + 2 * sizes.queries + 2 * sizes.keys + 2 * sizes.middle + 7 * recipe.rank
+    return width * kept
+
+
 def _layer_bytes(recipe: Recipe, config: Mapping[str, Any], width: int) -> int:
-    """Bytes that one layer keeps for each token."""
-    hidden, middle = int(config["hidden_size"]), int(config["intermediate_size"])
-    keys = (values_per_token(config) or 0) // (2 * int(config["num_hidden_layers"]))
-    heads = int(config["num_attention_heads"]) * int(config.get("head_dim") or hidden // config["num_attention_heads"])
-    norms = 2 * (hidden * 4 * 2 + hidden * width)  # the input and its float32 copy, and what the linear layers read
-    attention = width * (2 * heads + 4 * keys + heads + hidden)  # before and after rotation, the result, the sum
-    gate = width * 4 * middle
+    """Bytes that PyTorch keeps of transformers' layer for each token."""
+    sizes = _Sizes.of(config)
+    norms = 2 * (sizes.hidden * 4 * 2 + sizes.hidden * width)  # the input, its float32 copy, what linear layers read
+    # Queries and keys before and after rotation, the result, the sum.
+    attention = width * (3 * sizes.queries + 4 * sizes.keys + sizes.hidden)
+    gate = width * 4 * sizes.middle
     # An adapter keeps a float32 copy of what it reads, and what lies between its factors.
-    adapter = 4 * (2 * hidden + heads + middle) + 4 * 7 * recipe.rank if recipe.method == "lora" and width < 4 else 0
+    read = 2 * sizes.hidden + sizes.queries + sizes.middle
+    adapter = 4 * read + 4 * 7 * recipe.rank if recipe.method == "lora" and width < 4 else 0
     return norms + attention + gate + adapter

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from calpaca_trainer.collator import IGNORED
 
 _TINY = torch.finfo(torch.float32).tiny
-_ROWS = 256  # hidden states that the output layer is applied to at a time
+_ROWS = 128  # hidden states that the output layer is applied to at a time
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Fields of configurations whose models change the logits after the output layer."""
 

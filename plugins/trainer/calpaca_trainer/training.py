@@ -19,7 +19,7 @@ from calpaca.core.fingerprint import fingerprint
 from calpaca.core.lock import exclusive
 from calpaca.core.machine import describe_memory
 from calpaca.core.spec import AdapterSpec, ModelSpec
-from calpaca_trainer.batches import Batch, BatchOptions, plan_batches, plan_evaluation, split
+from calpaca_trainer.batches import Batch, BatchOptions, most_tokens, plan_batches, plan_evaluation, split
 from calpaca_trainer.dataset import Dataset, DataSource, Stage, load_dataset
 from calpaca_trainer.estimate import MemoryEstimate, estimate_memory
 from calpaca_trainer.preference_data import check_surroundings, load_preferences
@@ -110,7 +110,7 @@ def _prepare(recipe: Recipe, stage: Stage, runtime: Runtime, processes: Processe
     )
     batches = plan_batches(dataset, members, options, epochs=recipe.epochs, max_steps=recipe.max_steps)
     batches = _shared(batches, processes.count)
-    estimate, checkpointing = _estimate(recipe, files)
+    estimate, checkpointing = _estimate(recipe, files, most_tokens(batches, dataset))
     if len(members) < _FEW:
         log.warning(
             "There are only %d examples: the model may learn them by heart and forget other things.", len(members)
@@ -172,14 +172,14 @@ def _reader(recipe: Recipe, stage: Stage, prompting: Prompting) -> Callable[[Seq
     return partial(load_dataset, rendering=prompting.rendering(recipe, stage))
 
 
-def _estimate(recipe: Recipe, files: ModelFiles) -> tuple[MemoryEstimate, bool]:
-    """The memory that is needed, and whether activations are to be computed twice to save some."""
+def _estimate(recipe: Recipe, files: ModelFiles, tokens: int) -> tuple[MemoryEstimate, bool]:
+    """The memory that is needed with `tokens` in the largest batch, and whether activations are to be computed twice to save some."""
     from calpaca.core.merge.base_model import read_base
 
     base = read_base(files.weights)
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     width = 2 if _dtype(recipe) == "bfloat16" else 4
-    estimate = estimate_memory(recipe, shapes, base.text_config, width)
+    estimate = estimate_memory(recipe, shapes, base.text_config, width=width, tokens=tokens)
     if recipe.checkpointing != "auto":
         return estimate, recipe.checkpointing == "on"
     room = _room(recipe.device)
