@@ -135,6 +135,38 @@ def test_wrong_use(calpaca, smollm2: Path, adapter: Path) -> None:
     assert (none.code, "nowhere does not exist" in none.err) == (3, True)
 
 
+def test_a_tokenizer_that_is_given_as_a_file_is_answered_with_its_folder(calpaca, smollm2: Path, adapter: Path) -> None:
+    file = smollm2 / "tokenizer.json"
+    told = calpaca("models", "merge", str(smollm2), "--adapter", str(adapter), "--tokenizer", str(file), "--dry-run")
+    assert told.code == 3
+    assert f"Name the folder it lies in: {smollm2}" in told.err
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from calpaca.cli.main import main
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+main([*sys.argv[1:], "--dry-run"])  # imports everything
+before = peak()
+assert main(sys.argv[1:]) == 0
+print(peak() - before, file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system does not say what memory a process has")
+def test_a_merge_takes_the_memory_of_a_few_tensors(smollm2: Path, adapter: Path, tmp_path: Path) -> None:
+    """The base has 269 MB, the largest tensor that is computed 0.7 MB."""
+    command = ["models", "merge", str(smollm2), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
+    ended = subprocess.run([sys.executable, "-c", MEMORY, *command], capture_output=True, text=True, check=True)
+    assert int(ended.stderr.split()[-1]) < 60_000  # kB
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is a POSIX thing")
 def test_a_merge_that_is_killed_goes_on_and_ends_with_the_same_bytes(
