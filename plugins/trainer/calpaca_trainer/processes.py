@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,14 +41,27 @@ class Processes:
                     f"{name} is asked for by accelerate's configuration ({variable}), which would train with DDP instead.",
                     f"Start it with torchrun and give {flag}.",
                 )
+        if not self.is_first:
+            logging.getLogger("calpaca").setLevel(logging.ERROR)  # the first says it
         if self.count > 1:
             import torch
 
             has_cuda = torch.cuda.is_available()
-            if has_cuda:
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             if not torch.distributed.is_initialized():
                 torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=_PATIENCE)
+                atexit.register(_leave)
+
+    def place(self, device: str) -> str:
+        """The device of this process: where there are several, each has a GPU of its own."""
+        if self.count == 1 or device == "cpu":
+            return device
+        import torch
+
+        if not torch.cuda.is_available():
+            return device
+        own = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(own)
+        return f"cuda:{own}"
 
     def agree(self, decide: Callable[[], T]) -> T:
         """What the first process decides, in all of them. Its error ends them all; it alone says why."""
@@ -62,6 +77,26 @@ class Processes:
         made: list[T] = []
         self.agree(lambda: made.append(act()))
         return made[0] if made else act()
+
+    def together(self, act: Callable[[], T]) -> T:
+        """What each does for itself, at once. When it fails in any of them all end, and the first of those says why."""
+        if self.count == 1:
+            return act()
+        from torch import distributed
+
+        made: list[T] = []
+        failure: CalpacaError | None = None
+        try:
+            made.append(act())
+        except CalpacaError as error:
+            failure = error
+        failures: list[CalpacaError | None] = [None] * self.count
+        with self.noticing():
+            distributed.all_gather_object(failures, failure)
+        for rank, found in enumerate(failures):
+            if found is not None:
+                raise found if rank == self.rank else SystemExit(found.exit_code)
+        return made[0]
 
     def _hear_first(self, decide: Callable[[], T]) -> tuple[T | None, CalpacaError | None]:
         from torch import distributed
@@ -88,6 +123,14 @@ class Processes:
                 f"Process {self.rank} of {self.count} lost another process of the run.",
                 "What ended that one stands above. The same command goes on after the last checkpoint.",
             ) from error
+
+
+def _leave() -> None:
+    """Left to the interpreter's end, gloo's threads may abort the process."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def find_processes() -> Processes:
