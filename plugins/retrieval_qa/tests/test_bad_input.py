@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -178,6 +179,8 @@ def test_an_index_of_another_version_is_left_alone_and_that_is_said(folder, ask,
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB; skips where it may not be mounted."""
+    if shutil.which("mount") is None:
+        pytest.skip("there is no program `mount`")
     place = tmp_path / "disk"
     place.mkdir()
     done = subprocess.run(
