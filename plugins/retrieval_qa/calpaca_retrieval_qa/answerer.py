@@ -19,7 +19,6 @@ from calpaca.core.errors import UsageError
 from calpaca.core.events import ContextReport, Event, Notice, Result, Source, UsageReport
 from calpaca.core.language import language_of
 from calpaca.core.reranker import Reranker
-from calpaca.core.sessions import Session
 from calpaca.documents.retrieval import Search, retrieve
 from calpaca_retrieval_qa.asking import ask, nothing_found
 from calpaca_retrieval_qa.evidence import EvidenceRule, Verdict
@@ -28,7 +27,7 @@ from calpaca_retrieval_qa.options import CiteMode, Strategy
 from calpaca_retrieval_qa.prompts import Prompts, load_prompts
 from calpaca_retrieval_qa.record import AnswerRecord
 from calpaca_retrieval_qa.rewriting import rewrite, stands_alone
-from calpaca_retrieval_qa.session import keep, turns_of
+from calpaca_retrieval_qa.session import KeptConversation
 from calpaca_retrieval_qa.strategies import Planner
 
 Turns = Sequence[Mapping[str, str]]
@@ -64,7 +63,7 @@ class RetrievalQA(Runnable[str, Any]):
         prompt_file: Path | None = None,
         evidence: EvidenceRule = EvidenceRule(),
         prepare: Callable[[], Iterator[Event]] = lambda: iter(()),
-        session: Session | None = None,
+        session: KeptConversation | None = None,
         rewrites: bool = True,
         max_new_tokens: int | None = None,
         model_name: str = "",
@@ -124,7 +123,7 @@ class RetrievalQA(Runnable[str, Any]):
     def _events(self, question: str, config: RunnableConfig, turns: Turns) -> Iterator[Event]:
         if not question.strip():
             raise UsageError("The question is empty.", "Ask one with --question.")
-        turns = turns_of(self.session) if self.session is not None else turns
+        turns = self.session.turns() if self.session is not None else turns
         record = AnswerRecord(question.strip(), self.model_name, fit_history(self.llm, turns), self.strategy)
         for event in self._work(record, config):
             if isinstance(event, Notice):
@@ -132,7 +131,7 @@ class RetrievalQA(Runnable[str, Any]):
             yield event
         value = record.value()
         if self.session is not None:
-            keep(self.session, record.question, value)
+            self.session.keep(record.question, value)
         yield UsageReport(record.usage)
         if record.context is not None:
             yield ContextReport(record.context)

@@ -8,12 +8,16 @@ from functools import partial
 from calpaca.core.events import Event
 from calpaca.core.jobs import Job
 from calpaca.core.runtime import Runtime
-from calpaca.core.sessions import Session
 from calpaca.documents.index import DocumentIndex
+from calpaca.plugins.options import ModelOptions, SamplingOptions
 from calpaca_retrieval_qa.answerer import RetrievalQA
 from calpaca_retrieval_qa.calibration import rule_for
 from calpaca_retrieval_qa.indexing import start_job
 from calpaca_retrieval_qa.options import RetrievalQAOptions
+from calpaca_retrieval_qa.session import KeptConversation
+
+_NOT_KEPT = {"question", "session", *ModelOptions.model_fields, *SamplingOptions.model_fields}
+"""Options that a question of a conversation is not asked again with: a chat has a model of its own."""
 
 
 def build_answerer(options: RetrievalQAOptions, runtime: Runtime) -> tuple[RetrievalQA, DocumentIndex]:
@@ -46,12 +50,13 @@ def build_answerer(options: RetrievalQAOptions, runtime: Runtime) -> tuple[Retri
     return qa, index
 
 
-def _session(options: RetrievalQAOptions, runtime: Runtime) -> Session | None:
-    """The conversation that is named; a new one remembers the options that it was begun with."""
+def _session(options: RetrievalQAOptions, runtime: Runtime) -> KeptConversation | None:
+    """The conversation that is named, or a new one of that name."""
     if options.session is None:
         return None
-    begun = {name: value for name, value in options.parameters().items() if name not in ("session", "question")}
-    return runtime.sessions.resume(options.session, {"app": "retrieval_qa", "options": begun})
+    asked = {name: value for name, value in options.parameters().items() if name not in _NOT_KEPT}
+    session = runtime.sessions.resume(options.session, {"app": "retrieval_qa"})
+    return KeptConversation(session, asked)
 
 
 def _sync_once(index: DocumentIndex, start: partial[Job], done: list[bool]) -> Iterator[Event]:

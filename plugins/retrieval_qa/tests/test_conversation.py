@@ -105,12 +105,19 @@ def test_a_session_goes_on_where_it_ended(document) -> None:
     again, engine = answerer(document, session="pets")
     again.invoke("And the cat?")
     assert "What does the ant like?" in engine.prompts[0]
-    path = again.session.path()
+    session = again.session.session
+    path = session.path()
     assert [message.role for message in path] == ["user", "assistant"] * 2
     assert [message.content for message in path[::2]] == ["What does the ant like?", "And the cat?"]
     assert path[3].metadata["searched"] == "What does the cat like?"
     assert path[3].metadata["citations"][0]["source"] == str(document)
-    assert again.session.record.setup["options"]["files"] == [str(document)]
+    asked = path[2].metadata["app"]
+    assert (asked["name"], asked["input"], asked["options"]["files"]) == (
+        "retrieval_qa",
+        "And the cat?",
+        [str(document)],
+    )
+    assert session.record.setup == {"app": "retrieval_qa"}
     other, engine = answerer(document, session="other")
     other.invoke("And the cat?")
     assert len(engine.prompts) == 1
@@ -156,11 +163,11 @@ WRITER = """
 import sys
 from pathlib import Path
 from calpaca.core.sessions import Sessions
-from calpaca_retrieval_qa.session import keep
-session = Sessions(Path(sys.argv[1])).find("s")
+from calpaca_retrieval_qa.session import KeptConversation
+conversation = KeptConversation(Sessions(Path(sys.argv[1])).find("s"))
 print("ready", flush=True)
 for number in range(100_000):
-    keep(session, f"{sys.argv[2]}{number}", {"answer": "x" * 200, "sources": []})
+    conversation.keep(f"{sys.argv[2]}{number}", {"answer": "x" * 200, "sources": []})
     print(number, flush=True)
 """
 
