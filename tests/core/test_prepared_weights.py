@@ -261,12 +261,16 @@ def test_scaled_rotary_positions_are_those_of_transformers_in_llama_cpp(
     assert theirs != answers(opened("transformers", files_of(scaled("default"), dtype="float32")), prompts)
 
 
-@pytest.mark.parametrize("kind", [*SCALINGS, "dynamic"])
-def test_openvino_which_leaves_the_scaling_of_rotary_positions_out_refuses_it_by_name(
-    kind: str, tmp_path: Path, opened: Callable[..., Engine]
+LEFT_OUT = {kind: ({"rope_scaling": {"type": kind}}, f"the rotary scaling '{kind}'") for kind in (*SCALINGS, "dynamic")}
+LEFT_OUT["biases"] = ({"attention_bias": True}, "the biases of attention")
+
+
+@pytest.mark.parametrize(("config", "named"), LEFT_OUT.values(), ids=LEFT_OUT)
+def test_what_openvino_would_leave_out_in_silence_is_refused_by_name(
+    config: dict[str, Any], named: str, tmp_path: Path, opened: Callable[..., Engine]
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"rope_scaling": {"type": kind, "factor": 2.0}}))
-    with pytest.raises(UnsupportedError, match=f"leaves out the rotary scaling of .*'{kind}'"):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=f"leaves out {named} of {tmp_path.name}"):
         opened("openvino", files_of(tmp_path))
 
 

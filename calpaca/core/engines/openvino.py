@@ -63,20 +63,23 @@ def open_engine(files: ModelFiles, runtime: Runtime) -> NativeEngine:
             f"The engine '{NAME}' does not compute in {files.spec.dtype}.", "Use --dtype float32 or bfloat16."
         )
     check_installed()
-    _check_rope(files)
+    _check_readable(files)
     weights = gguf_weights(files, runtime, NAME, READ_EXACTLY)
     return start_engine(files, weights, runtime)
 
 
-def _check_rope(files: ModelFiles) -> None:
-    """Raise UnsupportedError for a model whose rotary positions are scaled: OpenVINO's reader of GGUF files leaves that
-    out in silence (2026.4.1: of linear, YaRN and Llama 3 no answer was the model's)."""
+def _check_readable(files: ModelFiles) -> None:
+    """Raise UnsupportedError for what OpenVINO's reader of GGUF files leaves out in silence: of models with scaled rotary
+    positions (linear, YaRN, Llama 3) and of Llamas with biases in attention no answer was transformers' (2026.4.1)."""
     from calpaca.core.convert.json_file import read_object
 
-    kind = scaling(read_object(files.weights / "config.json"))
-    if kind is not None:
+    config = read_object(files.weights / "config.json")
+    kind = scaling(config)
+    left_out = [f"the rotary scaling '{kind}'"] if kind is not None else []
+    left_out += ["the biases of attention"] if config.get("attention_bias") else []
+    if left_out:
         raise UnsupportedError(
-            f"The engine '{NAME}' leaves out the rotary scaling of {files.name} ('{kind}').",
+            f"The engine '{NAME}' leaves out {' and '.join(left_out)} of {files.name}.",
             "Use --engine llama_cpp or transformers.",
         )
 
