@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -12,6 +12,7 @@ from calpaca.core.jobs import JobRecord
 from calpaca.core.registry import Component, load_target
 
 if TYPE_CHECKING:
+    from langchain_core.tools import BaseTool
     from pydantic import BaseModel
 
     from calpaca.core.runtime import Runtime
@@ -73,6 +74,24 @@ class App(Component):
         """Import the options model."""
         model: type[BaseModel] = load_target(self.options, feature=f"App '{self.name}'", extra=self.extra)
         return model
+
+    def as_tool(
+        self,
+        runtime: Runtime,
+        *,
+        presets: Mapping[str, Any] | None = None,
+        name: str = "",
+        options: Collection[str] | None = None,
+    ) -> BaseTool:
+        """The app as a LangChain tool, for agents.
+
+        It is called with the app's input and with `options`: names of options that outsiders may set, by default all of
+        the app's own. `presets` are the rest of its options, such as files. It gives the answer as text, and as the
+        artifact the whole result and its sources; `metadata["effects"]` says whether it writes.
+        """
+        from calpaca.plugins.tool import app_as_tool
+
+        return app_as_tool(self, runtime, presets or {}, name or self.name, options)
 
     def build(self, options: BaseModel, runtime: Runtime) -> Any:
         """Import and call the app's builder."""

@@ -9,14 +9,14 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from calpaca.core.errors import UsageError
 from calpaca.core.events import Event
 from calpaca.core.runtime import Runtime
 from calpaca.plugins.app import App, Turn
-from calpaca.plugins.options import ModelOptions, OwnersOnly, read_options
+from calpaca.plugins.exposure import open_options
+from calpaca.plugins.options import read_options
 from calpaca_openai_api.faults import ApiError
 
 _MOST_RUNNERS = 16
@@ -70,27 +70,19 @@ class AppRuns:
 
         Clients choose neither files on this machine nor models to load.
         """
-        model = self.app.load_options()
+        fields, known = self.app.load_options().model_fields, open_options(self.app)
         for name in options:
-            info = model.model_fields.get(name)
             field = f"options.{name}"
-            if info is None or name == self.app.input:
-                known = ", ".join(each for each in model.model_fields if self._is_open(each))
-                raise ApiError(400, f"The app has no option '{name}' to set. Known: {known}.", param=field)
-            if not self._is_open(name):
+            if name not in fields or name == self.app.input:
+                raise ApiError(400, f"The app has no option '{name}' to set. Known: {', '.join(known)}.", param=field)
+            if name not in known:
                 raise ApiError(
                     403, f"The option '{name}' is the server's to set, in [apps.NAME] of its settings.", param=field
                 )
 
     def takes(self, name: str) -> bool:
         """Whether the app has an option of this name that a client may set."""
-        return name in self.app.load_options().model_fields and self._is_open(name)
-
-    def _is_open(self, name: str) -> bool:
-        info = self.app.load_options().model_fields[name]
-        if name in ModelOptions.model_fields or name == self.app.input or _names_files(info.annotation):
-            return False
-        return not any(isinstance(mark, OwnersOnly) for mark in info.metadata)
+        return name in open_options(self.app)
 
     async def events(self, options: Mapping[str, Any], text: str, history: Sequence[Turn] = ()) -> AsyncIterator[Event]:
         """What the app reports, from a thread of its own. Closing the iterator stops the work.
@@ -145,10 +137,3 @@ class AppRuns:
             if len(self._runners) > _MOST_RUNNERS:
                 self._runners.popitem(last=False)
             return self._runners[key]
-
-
-def _names_files(annotation: Any) -> bool:
-    """Whether a type holds a path somewhere."""
-    if isinstance(annotation, type) and issubclass(annotation, Path):
-        return True
-    return any(_names_files(argument) for argument in get_args(annotation))

@@ -1,0 +1,7 @@
+"""What every plugin must do."""
+
+from calpaca.testing import PluginContract
+
+
+class TestPlugin(PluginContract):
+    plugin = "agent"
