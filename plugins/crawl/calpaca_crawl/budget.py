@@ -90,8 +90,8 @@ class Spending:
         return f"{said}; {limit} will end the run at about {within:.0f} rows." if within < wanted else f"{said}."
 
     def _in_words(self, factor: float) -> str:
-        cost = f", {self.cost * factor:.4g} in money" if self.cost else ""
-        return f"{self.spent.total_tokens * factor:,.0f} tokens{cost} and {self.seconds * factor:.0f} s"
+        tokens, seconds = f"{self.spent.total_tokens * factor:,.0f} tokens", f"{self.seconds * factor:.0f} s"
+        return f"{tokens}, {seconds} and a cost of {self.cost * factor:.4g}" if self.cost else f"{tokens} and {seconds}"
 
     def _shares(self) -> Iterator[tuple[float, str]]:
         """How many times what is used so far each limit allows."""

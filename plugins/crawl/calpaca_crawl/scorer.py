@@ -24,6 +24,8 @@ _SCHEMA = {
     "additionalProperties": False,
 }
 _SAMPLING = Sampling(temperature=0.0, max_new_tokens=24)
+_NONE = 0
+"""What the ledger keeps of a reply that holds no score."""
 _SCORE = re.compile(r"(?<![\d.])[1-5](?![\d.])")
 
 
@@ -49,7 +51,7 @@ class Scorer:
         known = self.ledger.get_many(keys)
         asked = [None if key in known else self._submitted(key, task) for key, task in zip(keys, tasks, strict=True)]
         return [
-            int(known[key]) if key in known else self._received(key, request)
+            int(known[key]) or None if key in known else self._received(key, request)
             for key, request in zip(keys, asked, strict=True)
         ]
 
@@ -78,9 +80,9 @@ class Scorer:
             return None
         self.spending.settle(most, completion.usage)
         found = _SCORE.search(completion.text)
-        if found is not None:
-            self.ledger.put_many(KIND, {key: found[0].encode()})
-        return int(found[0]) if found is not None else None
+        score = int(found[0]) if found is not None else _NONE
+        self.ledger.put_many(KIND, {key: str(score).encode()})
+        return score or None
 
 
 def _unread(_: int, record: Record) -> Draft | Refused:
