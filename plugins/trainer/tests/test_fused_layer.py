@@ -128,6 +128,7 @@ def test_other_activations_keep_the_plain_layers() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # PyTorch uses what it advises against
 def test_compiled_it_computes_the_same() -> None:
     model = adapted(tiny(attention_bias=False, mlp_bias=False))

@@ -294,9 +294,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_adapter(recipe, runtime, tmp_pat
 def test_an_interrupted_run_goes_on_bit_for_bit(recipe, runtime, tmp_path, monkeypatch) -> None:
     from calpaca_trainer.causal_trainer import CausalTrainer
 
-    it = prepare(
-        recipe(max_steps=7, save_every=2, dropout=0.1, neftune=5.0, accumulation=2, batch_size=2), "sft", runtime
-    )
+    it = prepare(recipe(max_steps=7, save_every=2, neftune=5.0, accumulation=2, batch_size=2), "sft", runtime)
     train(it, tmp_path / "whole", runtime, {})
     step = CausalTrainer.training_step
 
