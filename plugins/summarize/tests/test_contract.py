@@ -5,6 +5,7 @@ import pytest
 from calpaca.testing import AppContract, PluginContract
 
 
+@pytest.mark.slow  # it starts processes that import all that the plugin offers
 class TestPlugin(PluginContract):
     plugin = "summarize"
 
