@@ -20,9 +20,9 @@ HAS_GPU := $(if $(CI),,$(shell command -v nvidia-smi 2>/dev/null))
 PINS := $(if $(HAS_GPU),,-c constraints.txt)
 
 # Two test workers, one torch thread each.
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal --durations=25
 
-.PHONY: help setup setup-dev demo test test-slow check check-api fix docs bench
+.PHONY: help setup setup-dev demo test test-slow check check-api fix docs screenshots bench
 .DEFAULT_GOAL := help
 
 help: ## List these commands
@@ -58,6 +58,9 @@ fix: setup-dev ## Format, and repair what the linter can
 docs: setup-dev ## Write the generated pages of docs/ again
 	$(BIN)/python docs/generate.py
 
+screenshots: setup-dev ## Draw the pictures of docs/chat.md again
+	$(BIN)/python docs/screenshots.py
+
 bench: setup-dev ## Run the benchmarks
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
 
@@ -71,7 +74,7 @@ $(BIN)/python:
 $(VENV)/.setup: $(PROJECTS) constraints.txt | $(BIN)/python
 	$(if $(UV),,$(INSTALL) --upgrade "pip>=25.1")
 	$(INSTALL) $(PINS) $(if $(and $(UV),$(TORCH_BACKEND)),--torch-backend $(TORCH_BACKEND)) torch
-	$(INSTALL) $(PINS) -e ".[torch,chroma,qdrant,pdf,office,openvino,llama-cpp]" $(foreach plugin,$(PLUGINS),-e ./$(plugin))
+	$(INSTALL) $(PINS) -e ".[torch,web,chroma,qdrant,pdf,office,openvino,llama-cpp]" $(foreach plugin,$(PLUGINS),-e ./$(plugin))
 	@touch $@
 
 $(VENV)/.setup-dev: $(VENV)/.setup
