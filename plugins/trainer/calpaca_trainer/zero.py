@@ -40,7 +40,7 @@ class Zero(Sharding):
     def weights(self, model: nn.Module, *, trained: bool) -> Mapping[str, Tensor] | None:
         if self._stage < 3:
             return super().weights(model, trained=trained)
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         first, weights = distributed.get_rank() == 0, {}
         for name, parameter in model.named_parameters():
