@@ -252,9 +252,12 @@ def test_a_scale_is_that_of_the_loaded_adapter(bases, tmp_path: Path) -> None:
 
 
 # Vocabularies that grow, and several adapters -------------------------------------------------------------------------
-def test_two_adapters_with_a_growing_vocabulary(bases, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "rows"), [("untied", ROWS), pytest.param("whole untied", 49152, marks=pytest.mark.slow)]
+)
+def test_two_adapters_with_a_growing_vocabulary(bases, tmp_path: Path, name: str, rows: int) -> None:
     """As Chinese-LLaMA-Plus and Alpaca-Plus: the second has one token more and was trained on top of the first."""
-    base, rows = bases["whole untied"], 49152
+    base = bases[name]
     settings = {"modules_to_save": ["embed_tokens", "lm_head"], "dtype": "float16"}
     first = make_adapter(base, tmp_path / "first", rows=rows + 801, **settings)
     second = make_adapter(base, tmp_path / "second", seed=2, rows=rows + 802, **settings)
