@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -14,10 +14,10 @@ from calpaca.cli.answer import AnswerPrinter
 from calpaca.cli.failure import report
 from calpaca.cli.flags import flags, group_of
 from calpaca.cli.run import AppCommand, answers_only, shared_runtime, was_typed
-from calpaca.core.errors import CalpacaError, UsageError
+from calpaca.core.errors import CalpacaError, MissingExtraError, UsageError
 from calpaca.plugins.chat_setup import ChatSetup
 from calpaca.plugins.chat_setup import preset as preset_values
-from calpaca.plugins.options import read_options
+from calpaca.plugins.options import ModelOptions, flag_name, read_options
 
 if TYPE_CHECKING:
     from calpaca.core.conversation import Conversation
@@ -34,6 +34,8 @@ class ChatOptions(ChatSetup):
     plain: bool = Field(False, description="Line by line, without a screen of its own; works in a pipe.")
     session: str | None = Field(None, description="A session to go on with, by title or id; a new title begins one.")
     single_turn: bool = Field(False, description="Answer each line by itself, without those before it.")
+    web: bool = Field(False, description="Serve the chat to a browser on this machine; prints its address.")
+    port: int = Field(0, ge=0, le=65535, description="With --web: port to listen on; 0 takes a free one.")
     preset: str | None = Field(None, description="A set-up by its name in the settings ([presets.NAME]).")
 
     def setup(self, settings: Settings) -> ChatSetup:
@@ -54,6 +56,9 @@ def _chat(ctx: click.Context, /, **values: Any) -> int:
         raise UsageError(error.message, "See: calpaca chat --help") from error
     assert isinstance(options, ChatOptions)
     runtime = shared_runtime()
+    if options.web:
+        _in_browser(options, runtime)
+        return 0
     if not (options.plain or options.single_turn or as_json):
         _on_screen(options, runtime)
         return 0
@@ -78,6 +83,41 @@ def _on_screen(options: ChatOptions, runtime: Runtime) -> None:
         app.run()
     finally:
         app.close_model()
+
+
+def _in_browser(options: ChatOptions, runtime: Runtime) -> None:
+    """The chat in a browser. Raises MissingExtraError without textual-serve, UsageError without `calpaca serve`."""
+    from importlib.util import find_spec
+
+    if find_spec("textual_serve") is None:
+        raise MissingExtraError("The chat in a browser", "web", "textual-serve")
+    from calpaca.tui.web import serve_chat
+
+    setup = options.setup(runtime.settings)
+    is_local = runtime.is_local(runtime.check(setup.spec()))
+    if is_local and find_spec("calpaca_openai_api") is None:
+        raise UsageError(
+            "--web needs the plugin that serves models.", "Install it with: pip install calpaca-openai-api"
+        )
+    shared = set(ModelOptions.model_fields)
+    serve_chat(
+        _arguments(options, options.model_fields_set - {"web", "port"}),
+        _arguments(setup, setup.model_fields_set & shared) if is_local else [],
+        options.port,
+    )
+
+
+def _arguments(options: ChatSetup, names: Iterable[str]) -> list[str]:
+    """Options as they are typed."""
+    typed: list[str] = []
+    for name in sorted(names):
+        flag, value = flag_name(type(options), name), getattr(options, name)
+        if isinstance(value, bool):
+            typed.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            for each in value if isinstance(value, list) else [value]:
+                typed += [] if each is None else [f"--{flag}", str(each)]
+    return typed
 
 
 def _conversation(options: ChatOptions, runtime: Runtime) -> Conversation:

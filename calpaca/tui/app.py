@@ -430,5 +430,7 @@ _SAY = Command(ChatApp.say, "Ask the model.", "TEXT")
 
 
 def has_screen() -> bool:
-    """Whether standard input and output are a terminal that a full screen can be drawn on."""
+    """Whether standard input and output are a terminal that a full screen can be drawn on, or a browser's."""
+    if "web_driver" in os.environ.get("TEXTUAL_DRIVER", ""):  # textual-serve is at the other end
+        return True
     return os.isatty(0) and os.isatty(1) and os.environ.get("TERM", "") not in {"", "dumb"}

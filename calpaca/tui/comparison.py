@@ -215,6 +215,11 @@ class ComparisonScreen(Screen[None]):
     def columns(self) -> list[Column]:
         return list(self.query(Column))
 
+    @property
+    def is_done(self) -> bool:
+        """Whether no answer is in hand."""
+        return not self._unfinished
+
     @on(Input.Submitted)
     def _send(self, event: Input.Submitted) -> None:
         if self._unfinished or not event.value.strip():

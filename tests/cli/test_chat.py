@@ -40,8 +40,8 @@ def test_a_session_is_gone_on_with_by_its_title(talk, sessions):
     talk(PARIS, "--session", "France", "--system", "You know geography.")
     again = talk("And of Italy?", "--session", "France", "--json")
     assert again.json["context"]["dropped"] == 0
-    path = sessions.find("France").path()
-    assert [message.role for message in path] == ["system", "user", "assistant", "user", "assistant"]
+    messages = sessions.find("France").messages()
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
     refused = talk("x", "--session", "France", "--system", "Other.")
     assert (refused.code, "has begun already" in refused.err) == (2, True)
 

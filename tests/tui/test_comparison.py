@@ -24,7 +24,7 @@ async def test_a_prompt_is_asked_of_each_with_one_seed_and_differences_are_marke
         screen.query_one(Input).value = "What colour?"
         await pilot.press("enter")
         await until(pilot, lambda: all("tokens" in str(column.border_subtitle) for column in screen.columns))
-        await until(pilot, lambda: screen._unfinished == 0)
+        await until(pilot, lambda: screen.is_done)
         assert [column.text for column in screen.columns] == ["The llama is white.", "The llama is brown."]
         assert [str(column.border_title) for column in screen.columns] == ["this", "model=other"]
         assert [str(column.query_one(Static).content) for column in screen.columns] == [
@@ -48,7 +48,7 @@ async def test_an_app_stands_beside_the_model(chat, until, command, tmp_path):
         app.screen.query_one(Input).value = "When does the tower open?"
         await pilot.press("enter")
         await until(pilot, lambda: app.screen.columns[1].border_subtitle == "done")
-        await until(pilot, lambda: app.screen._unfinished == 0)
+        await until(pilot, lambda: app.screen.is_done)
         assert app.screen.columns[0].text == "No idea."
         assert "nine" in app.screen.columns[1].text
 
