@@ -64,7 +64,7 @@ class FullySharded(Sharding):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad or not trained:
                 assert isinstance(parameter, DTensor)
-                whole = parameter.detach().full_tensor()
+                whole = parameter.full_tensor().detach()
                 if first:
                     weights[name] = whole.cpu()
         return weights if first else None

@@ -40,7 +40,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
     def __init__(self, folder: Path) -> None:
         self._file = folder / FILE
         last = (read_metrics(folder) or [{}])[-1]  # of the part of the run that was done before
-        self._began = time.monotonic() - last.get("seconds", 0.0)
+        self._began: float = time.monotonic() - last.get("seconds", 0.0)
         self.tokens = last.get("tokens", 0)
         self._new = 0
 

@@ -56,11 +56,10 @@ def curve(folder: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def alone(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Rows, and the folder of a run of one process over them, on the whole model."""
-    from conftest import ROWS
-
     folder = tmp_path_factory.mktemp("alone")
     rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    texts = ({"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n + 1)))} for n in range(3, 27))
+    rows.write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
     start(*options(smollm2, rows, folder / "run", accumulation=2))
     return rows, folder / "run"
 
