@@ -47,9 +47,9 @@ def _content(text: Sequence[str]) -> list[str]:
 
 
 def _changes(one: Sequence[str], other: Sequence[str]) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
-    for operation, start, end, other_start, other_end in Levenshtein.opcodes(one, other).as_list():
-        if operation != "equal":
-            yield one[start:end], other[other_start:other_end]
+    for change in Levenshtein.opcodes(one, other):
+        if change.tag != "equal":
+            yield one[change.src_start : change.src_end], other[change.dest_start : change.dest_end]
 
 
 def _is_wording(old: Sequence[str], new: Sequence[str]) -> bool:
