@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from calpaca_trainer.causal_attention import attend
 from calpaca_trainer.elementwise import Elementwise, compiled
 from calpaca_trainer.fused_layer import FusedLayer, fuse
+from calpaca_trainer.metrics import read_metrics
 
 IDS = torch.randint(100, 400, (2, 21), generator=torch.Generator().manual_seed(0))
 
@@ -136,6 +137,16 @@ def test_compiled_it_computes_the_same() -> None:
     assert fuse(model.get_base_model(), compiled())
     for name, value in learnt(model).items():
         torch.testing.assert_close(value, expected[name], rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # PyTorch uses what it advises against
+def test_a_compiled_run_has_the_losses_of_a_plain_one(run) -> None:
+    plain, fused = (
+        [each["loss"] for each in read_metrics(run(name, max_steps=2, compile=compile)) if "loss" in each]
+        for name, compile in (("plain", False), ("compiled", True))
+    )
+    assert fused == pytest.approx(plain, rel=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 100, 300])
