@@ -31,10 +31,12 @@ class PageReader:
         self._count += 1
         if self._count <= _FEW or self._processes < 1:
             return read_page(url, body, declared)
+        pool = self._started()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._started(), read_page, url, body, declared)
+            return await asyncio.get_running_loop().run_in_executor(pool, read_page, url, body, declared)
         except BrokenExecutor:
-            self.close()
+            if self._pool is pool:
+                self.close()
             return Page(url)
 
     def _started(self) -> ProcessPoolExecutor:
