@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from itertools import combinations
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from calpaca.core.near_duplicates import NearDuplicates
-from calpaca.core.rouge import rouge_l_of_words
 from calpaca.core.text_measures import words
 from calpaca_crawl.wording import same_content
 
@@ -47,8 +45,7 @@ def counted(texts: list[str], content: bool) -> dict[str, Any]:
 
 def neighbours(texts: list[str]) -> dict[str, int]:
     """Pairs of different real texts that ROUGE-L takes for near-duplicates, and how many of them say the same to us."""
-    cut = [words(text) for text in texts]
-    alike = [pair for pair in combinations(cut, 2) if edits._may_be_alike(*pair) and rouge_l_of_words(*pair) >= 0.7]
+    alike = edits.neighbours(texts)
     return {"pairs": len(alike), "dropped": sum(same_content(*pair) for pair in alike)}
 
 

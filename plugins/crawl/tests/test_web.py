@@ -129,6 +129,7 @@ def test_markdown_files_hold_title_and_address(crawl, trap_site) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_crawl_that_was_killed_goes_on_and_asks_for_no_page_twice(crawl, trap_site, tmp_path) -> None:
     with trap_site(PAGES, pause=0.15) as site:
         arguments = ["crawl", "web", site.url, *FAST, "--in-flight", "1", "--no-cache"]
