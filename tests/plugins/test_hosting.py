@@ -7,9 +7,11 @@ import pytest
 
 from calpaca.core.context import fit
 from calpaca.core.engine import Sampling
-from calpaca.core.errors import ContextOverflowError, ModelError, ModelNotFoundError
+from calpaca.core.errors import CalpacaError, ContextOverflowError, ModelError, ModelNotFoundError
+from calpaca.core.events import Result, Token
 from calpaca.core.spec import ModelSpec
-from calpaca.plugins.hosting import host
+from calpaca.plugins.app_run import AppRun
+from calpaca.plugins.hosting import ModelHost, host
 
 ASKED = [{"role": "user", "content": "What is the capital of France?"}]
 SHORT = Sampling(max_new_tokens=16)
@@ -45,6 +47,27 @@ def test_an_answer_is_stopped_from_here(hosted):
     handle = hosted.chat(ASKED, Sampling(max_new_tokens=4000, temperature=2.0, seed=1))
     next(iter(handle))
     assert handle.result(60).finish_reason == "cancelled"
+
+
+@pytest.mark.slow
+def test_an_app_runs_on_the_model_that_is_loaded_there_and_can_be_stopped(hosted, smollm2, tmp_path):
+    (tmp_path / "a.txt").write_text("The tower of Larkmoor opens at nine in the morning.\n" * 9, encoding="utf-8")
+    own = {"model": str(smollm2), "engine": "transformers", "dtype": "float32", "max_new_tokens": 16}
+    host_of_apps = ModelHost(attaches=False)
+    hosted.chat(ASKED, SHORT).result(60)  # lays the weights out
+    before = host_of_apps.memory(hosted)
+    run = AppRun("summarize", {**own, "files": [str(tmp_path / "a.txt")], "strategy": "stuff"})
+    events = list(host_of_apps.run(hosted, run))
+    assert events[-1].value["summary"]
+    assert any(isinstance(event, Token) for event in events)
+    assert host_of_apps.memory(hosted) < before + 300_000_000  # no second model
+    running = host_of_apps.run(hosted, AppRun("summarize", {**run.options, "max_new_tokens": 2000}))
+    for event in running:
+        if isinstance(event, Token):
+            running.cancel()
+    assert not isinstance(event, Result)
+    with pytest.raises(CalpacaError, match="nothing"):
+        list(host_of_apps.run(hosted, AppRun("summarize", {**own, "files": [str(tmp_path / "nothing.txt")]})))
 
 
 def test_a_crash_fails_what_is_under_way_and_the_next_question_starts_it_again(hosted):

@@ -65,6 +65,7 @@ async def test_a_question_about_a_document_is_answered_with_sources_that_open_at
         assert "nine" in shown(app)[3]  # no form: it was asked as before
 
 
+@pytest.mark.slow
 async def test_a_form_says_what_is_wrong_and_keeps_what_was_filled_in(chat, until, command, shown):
     app = chat(["A summary."])
     async with app.run_test(size=SIZE) as pilot:
@@ -82,6 +83,7 @@ async def test_a_form_says_what_is_wrong_and_keeps_what_was_filled_in(chat, unti
         assert shown(app)[1] == "A summary."
 
 
+@pytest.mark.slow
 async def test_every_installed_app_has_a_command_and_a_field_for_each_option_of_its_own(chat, until, runtime):
     app = chat([])
     async with app.run_test(size=SIZE) as pilot:

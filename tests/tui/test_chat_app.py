@@ -2,6 +2,7 @@
 
 from threading import Event
 
+import pytest
 from textual.widgets import Input, OptionList, Static
 
 from calpaca.core.errors import ModelError
@@ -89,6 +90,7 @@ async def test_other_screens_may_be_opened_while_an_answer_is_written(chat, unti
         assert shown(app)[1].count("word") == 100
 
 
+@pytest.mark.slow
 async def test_leaving_in_mid_answer_keeps_what_was_written(chat, until, shown):
     app = chat(["word " * 2000], delay=0.002, max_new_tokens=20_000)
     async with app.run_test(size=SIZE) as pilot:
@@ -99,6 +101,7 @@ async def test_leaving_in_mid_answer_keeps_what_was_written(chat, until, shown):
     assert [message.complete for message in app.session.path()] == [True, False]
 
 
+@pytest.mark.slow
 async def test_while_an_answer_is_written_another_question_waits_in_the_composer(chat, until, shown):
     app = chat(["word " * 2000], delay=0.005, max_new_tokens=20_000)
     async with app.run_test(size=SIZE) as pilot:
@@ -214,6 +217,7 @@ async def test_a_new_session_begins_with_an_empty_screen_and_may_have_a_system_t
     assert len(sessions.records()) == 2
 
 
+@pytest.mark.slow
 async def test_slash_commands_export_import_rename_and_fork(chat, tmp_path, sessions, ask, command, shown):
     app = chat(["A camelid."])
     async with app.run_test(size=SIZE) as pilot:

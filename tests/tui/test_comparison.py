@@ -37,6 +37,7 @@ async def test_a_prompt_is_asked_of_each_with_one_seed_and_differences_are_marke
     assert app.session.path() == []
 
 
+@pytest.mark.slow
 async def test_an_app_stands_beside_the_model(chat, until, command, tmp_path):
     (tmp_path / "a.txt").write_text("The tower opens at nine in the morning.", encoding="utf-8")
     app = chat(lambda prompt: "The tower opens at nine in the morning." if "opens at nine" in prompt else "No idea.")

@@ -48,6 +48,7 @@ async def test_a_model_that_cannot_be_loaded_leaves_the_one_that_was_there(chat,
         assert shown(app) == ["first", "one", "second", "two"]
 
 
+@pytest.mark.slow
 async def test_sampling_and_policy_are_set_and_wrong_values_are_told(chat, until, command):
     app = chat([])
     async with app.run_test(size=SIZE) as pilot:
@@ -73,6 +74,7 @@ async def test_the_system_text_changes_in_the_midst_of_a_conversation(chat, ask,
     assert app.session.messages()[0] == {"role": "system", "content": "Be brief."}
 
 
+@pytest.mark.slow
 async def test_a_preset_is_saved_from_the_chat_and_taken_in_another(chat, command):
     first = chat([], temperature=0.7, stop=["END\n"], model="other")
     async with first.run_test(size=SIZE) as pilot:
@@ -109,6 +111,7 @@ async def test_files_are_attached_with_their_tokens_and_stand_before_the_questio
         await command(pilot, "/attach nothing.txt", lambda: isinstance(app.screen, ErrorDialog))
 
 
+@pytest.mark.slow
 async def test_what_is_attached_and_too_long_is_told_with_numbers_and_stays_attached(chat, ask, command, tmp_path):
     (tmp_path / "long.txt").write_text("long " * 500, encoding="utf-8")
     app = chat([], context_length=200)
