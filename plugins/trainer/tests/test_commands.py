@@ -99,6 +99,7 @@ def test_init_writes_a_recipe_that_is_valid(scenario, tmp_path, capsys) -> None:
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_jobs_resume_goes_on_with_an_interrupted_run(typed, tmp_path, capsys, monkeypatch) -> None:
     from calpaca_trainer.causal_trainer import CausalTrainer
 
