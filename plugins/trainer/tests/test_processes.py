@@ -54,13 +54,13 @@ def curve(folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def alone(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Rows, and the folder of a run of one process over them, on the whole model."""
+def alone(small: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Rows, and the folder of a run of one process over them."""
     folder = tmp_path_factory.mktemp("alone")
     rows = folder / "rows.jsonl"
     texts = ({"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n + 1)))} for n in range(3, 27))
     rows.write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
-    start(*options(smollm2, rows, folder / "run", accumulation=2))
+    start(*options(small, rows, folder / "run", accumulation=2))
     return rows, folder / "run"
 
 
@@ -75,12 +75,12 @@ def alone(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         pytest.param(["--deepspeed", OPTIONS], id="own-json", marks=with_deepspeed),
     ],
 )
-def test_two_processes_have_the_losses_and_the_adapter_of_one(way, alone, smollm2, tmp_path) -> None:
+def test_two_processes_have_the_losses_and_the_adapter_of_one(way, alone, small, tmp_path) -> None:
     if OPTIONS in way and not OPTIONS.is_file():
         pytest.skip(f"{OPTIONS.name} is not there")
     rows, expected = alone
     output = tmp_path / "together"
-    done = start(*options(smollm2, rows, output), "--processes", 2, *way)
+    done = start(*options(small, rows, output), "--processes", 2, *way)
     assert done.stdout == f"{output}\n"
     assert curve(output) == pytest.approx(curve(expected), rel=1e-5)
     adapter, other = load_file(output / "adapter_model.safetensors"), load_file(expected / "adapter_model.safetensors")
