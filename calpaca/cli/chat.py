@@ -91,13 +91,17 @@ def _in_browser(options: ChatOptions, runtime: Runtime) -> None:
 
     if find_spec("textual_serve") is None:
         raise MissingExtraError("The chat in a browser", "web", "textual-serve")
+    from calpaca.plugins.catalogue import plugin_with_command
+    from calpaca.plugins.commands import plugin_commands
     from calpaca.tui.web import serve_chat
 
     setup = options.setup(runtime.settings)
     is_local = runtime.is_local(runtime.check(setup.spec()))
-    if is_local and find_spec("calpaca_openai_api") is None:
+    if is_local and "serve" not in plugin_commands(()):
+        known = plugin_with_command("serve")
         raise UsageError(
-            "--web needs the plugin that serves models.", "Install it with: pip install calpaca-openai-api"
+            "--web needs the command `calpaca serve`, which is not installed.",
+            f"Install it with: pip install {known.distribution}" if known else "See: calpaca plugins",
         )
     shared = set(ModelOptions.model_fields)
     serve_chat(

@@ -62,7 +62,7 @@ def sources(chat: ChatApp, _rest: str = "") -> None:
     if answers:
         show_sources(chat, answers[-1])
     else:
-        chat.notify("No answer here names sources. /retrieval_qa answers about documents.", severity="warning")
+        chat.notify("No answer here names sources. Those of apps that answer about documents do.", severity="warning")
 
 
 def show_sources(chat: ChatApp, message: StoredMessage, number: int | None = None) -> None:
