@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from textual.events import Key
 from textual.pilot import Pilot
 
 from calpaca.core.conversation import Conversation
@@ -31,22 +32,30 @@ WORDS = 300
 DELAY = 0.01
 SETUP = ChatSetup(max_new_tokens=30_000)
 START = """
-import sys, time
+import threading, time
 begun = time.perf_counter()
-from calpaca.plugins.wiring import runtime
+from pathlib import Path
+import calpaca.tui
+from calpaca.core.errors import ModelError
 from calpaca.plugins.chat_setup import ChatSetup
 from calpaca.plugins.hosting import ModelHost
+from calpaca.plugins.wiring import runtime
 from calpaca.tui.app import ChatApp
-own = runtime()
+ready = threading.Event()
 class Host(ModelHost):
     def open(self, spec):
-        from calpaca.testing import fake_model
-        return fake_model([])
+        ready.wait()
+        raise ModelError("Nothing is loaded here.", "")
 class Timed(ChatApp):
+    CSS_PATH = str(Path(calpaca.tui.__path__[0], "chat.tcss"))
     def on_ready(self):
-        print(round(1000 * (time.perf_counter() - begun)))
+        self.took = 1000 * (time.perf_counter() - begun)
+        ready.set()
         self.exit()
-Timed(own, Host(attaches=False), own.sessions.new({}), ChatSetup()).run(headless=True)
+own = runtime()
+app = Timed(own, Host(attaches=False), own.sessions.new({}), ChatSetup())
+app.run(headless=True)
+print(app.took)
 """
 
 
@@ -78,8 +87,7 @@ async def keystrokes() -> float:
         await asked(pilot)
         for letter in "abcdefghijklmnopqrstuvwxyz":
             begun = time.perf_counter()
-            app.composer.focus()
-            await pilot._press_keys([letter])
+            app.composer.post_message(Key(letter, letter))
             while not app.composer.text.endswith(letter):
                 await asyncio.sleep(0)
             app.screen._compositor.render_update(full=True)
