@@ -61,11 +61,12 @@ def chat(line: str, *arguments: str | Path) -> str:
 
 
 def text_of(processor: SentencePieceProcessor, index: int) -> str:
-    """What a piece stands for, with its space. Control tokens are the end of a turn; bytes get a row that no letter has, or
-    the model could not tell the byte from the letter."""
-    if processor.is_control(index):
+    """What a piece stands for, with its space; the end of a text is the end of a turn. No two that are to be written may have
+    the same row, or the model could not tell them apart: bytes and the beginning of a text get another."""
+    if index == processor.eos_id():
         return "<|im_end|>"
-    return "<|im_start|>" if processor.is_byte(index) else processor.id_to_piece(index).replace("▁", " ")
+    unused = processor.is_control(index) or processor.is_byte(index)
+    return "<|im_start|>" if unused else processor.id_to_piece(index).replace("▁", " ")
 
 
 @pytest.fixture
