@@ -18,7 +18,7 @@ from calpaca.core.memory import Shapes, values_per_token
 from calpaca_trainer.recipe import Recipe
 
 _LIBRARIES = 600_000_000  # torch, transformers and their threads, bytes
-_HOLES = 1.25  # batches of different lengths leave holes in memory: 3.8 GB where 3.2 GB were in use
+_HOLES = 1.5  # batches of different lengths leave holes in memory: 1.65 GB where 1.42 GB were counted
 _HEAD_ROWS = 128  # hidden states whose logits exist at a time
 _OPTIMISER = 12  # bytes for each trained number beside its value: gradient, and two averages of AdamW
 

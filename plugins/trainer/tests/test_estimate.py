@@ -39,7 +39,7 @@ def test_as_much_is_kept_as_was_estimated(recipe, runtime) -> None:
     estimate = estimate_memory(it.recipe, shapes, base.text_config, width=2, tokens=2 * 256)
     factors = sum(each.numel() * 2 for name, each in learner.trained() if ".lora_" in name)
     kept = kept_bytes(learner.model, torch.arange(512).view(2, 256)) - factors
-    assert kept <= estimate.activations <= 1.5 * kept
+    assert kept <= estimate.activations <= 1.8 * kept
 
 
 def test_an_estimate_is_for_the_batches_that_there_are(recipe, runtime) -> None:
