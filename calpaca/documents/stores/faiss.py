@@ -84,16 +84,18 @@ class FaissStore(VectorStore):
             self._make_tables()
 
     def _make_tables(self) -> None:
-        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        # One statement sees one state: another process may be making the tables now, all of them at once.
+        version, tables = self._connection.execute(
+            "SELECT user_version, EXISTS (SELECT 1 FROM sqlite_master WHERE name = 'documents') FROM pragma_user_version"
+        ).fetchone()
         if version == _VERSION:
             return  # and nothing is written: a store on a full disk can be read
-        tables = self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'documents'").fetchone()
         if tables:
             raise DocumentError(
                 f"The vector store {self._path} was made by another version of calpaca.",
                 "Delete it to build it again, or use that version.",
             )
-        self._connection.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION};")
+        self._connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
 
     @property
     def embeddings(self) -> Embeddings:
