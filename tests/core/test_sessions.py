@@ -224,3 +224,31 @@ def test_a_damaged_file_is_a_clear_error(tmp_path):
     file.write_bytes(b"no database at all" * 100)
     with pytest.raises(SessionError, match=r"sessions\.sqlite cannot be used"):
         Sessions(file)
+
+
+def test_a_system_text_is_the_set_ups_or_the_message_that_holds_it(tmp_path):
+    sessions = Sessions(tmp_path / "sessions.sqlite")
+    session = sessions.new({"model": "m"})
+    session.add("user", "hello")
+    session.set_system("Be brief.")
+    assert session.record.setup == {"model": "m", "system": "Be brief."}
+    assert [message["content"] for message in session.messages()] == ["Be brief.", "hello"]
+    held = sessions.new({})
+    held.add("system", "Be long.")
+    held.set_system("Be kind.")
+    assert [message["content"] for message in held.messages()] == ["Be kind."]
+
+
+def test_what_is_attached_stands_before_what_was_said(tmp_path):
+    session = Sessions(tmp_path / "sessions.sqlite").new({})
+    message = session.add("user", "Where?", {"attachments": [{"name": "a.txt", "text": "In the Andes."}]})
+    assert message.as_message() == {"role": "user", "content": "a.txt:\n\nIn the Andes.\n\nWhere?"}
+
+
+def test_only_a_session_in_which_nothing_was_said_is_discarded(tmp_path):
+    sessions = Sessions(tmp_path / "sessions.sqlite")
+    empty, begun = sessions.new({}), sessions.new({})
+    begun.add("user", "hello")
+    for session in (empty, begun):
+        sessions.discard_empty(session.id)
+    assert [record.id for record in sessions.records()] == [begun.id]
