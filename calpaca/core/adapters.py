@@ -271,7 +271,11 @@ def apply_adapters(model: torch.nn.Module, adapters: Sequence[Adapter]) -> torch
     _replace_tensors(model, adapters, states)
     names = [f"adapter_{position}" for position in range(len(adapters))]
     peft_model: Any = None
-    for adapter, name, state in zip(adapters, names, states, strict=True):
+    # PEFT wants rows of tokens from every adapter that comes after one with such rows: those come last. Which are active,
+    # and in which order, is said below.
+    for adapter, name, state in sorted(
+        zip(adapters, names, states, strict=True), key=lambda each: _has_token_rows(each[2])
+    ):
         if not state:
             continue  # it only replaced whole tensors
         config = LoraConfig.from_pretrained(str(adapter.files.path))
@@ -295,6 +299,10 @@ def apply_adapters(model: torch.nn.Module, adapters: Sequence[Adapter]) -> torch
     )
     result: torch.nn.Module = peft_model
     return result
+
+
+def _has_token_rows(state: Mapping[str, Tensor]) -> bool:
+    return any(".trainable_tokens_" in name for name in state)
 
 
 def _replace_tensors(model: torch.nn.Module, adapters: Sequence[Adapter], states: Sequence[dict[str, Tensor]]) -> None:

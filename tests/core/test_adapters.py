@@ -93,6 +93,17 @@ def test_two_adapters_add_up(base: Path, tmp_path: Path) -> None:
     assert torch.allclose(logits(load(base, first, second).model), logits(merged), atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", ["first", "second"])
+def test_two_adapters_add_up_when_one_has_rows_of_single_tokens(base: Path, tmp_path: Path, tokens: str) -> None:
+    rows = {"trainable_token_indices": [int(IDS[0, 0]), 7]}
+    first = make_adapter(base, tmp_path / "first", seed=1, **(rows if tokens == "first" else {}))
+    second = make_adapter(base, tmp_path / "second", seed=2, **(rows if tokens == "second" else {}))
+    merged = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for adapter in (first, second):
+        merged = PeftModel.from_pretrained(merged, adapter).merge_and_unload()
+    assert torch.allclose(logits(load(base, first, second).model), logits(merged), atol=1e-5)
+
+
 def test_a_scale_of_zero_leaves_the_base(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     assert torch.allclose(logits(load(base, (adapter, 0.0)).model), logits(load(base).model))
