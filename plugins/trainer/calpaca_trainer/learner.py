@@ -83,7 +83,8 @@ def load_learner(recipe: Recipe, files: ModelFiles, prompting: Prompting) -> Lea
     if recipe.compile:
         _check_compiler()
     # Where the model is shared out, what gathers a weight hangs on the module that it belongs to: each must be called.
-    fused = not (recipe.fsdp or recipe.deepspeed) and fuse(causal, compiled() if recipe.compile else Elementwise())
+    may_fuse = recipe.method == "lora" and not (recipe.fsdp or recipe.deepspeed)
+    fused = may_fuse and fuse(causal, compiled() if recipe.compile else Elementwise())
     whole_layers = recipe.compile and not fused
     if whole_layers:
         _compile(causal)

@@ -80,7 +80,9 @@ class OptimisationOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    learning_rate: float | None = Field(None, gt=0, description="Left out: 0.0002 for an adapter, 0.00002 in full, 0.00005 for preferences.")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Left out: 0.0002 for an adapter, 0.00002 in full, 0.00005 for preferences."
+    )
     schedule: Schedule = Field("cosine", description="How the learning rate falls after the warm-up.")
     warmup: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")

@@ -118,7 +118,7 @@ def test_a_longer_vocabulary_more_pre_training_and_a_new_adapter_on_the_merged_b
     both = rows(tmp_path / "both.jsonl", (QUESTION, ANSWER), (OTHER, REPLY))
     typed("train", "sft", "--model", "merged", *alpaca, "--adapter", "alpaca-1", "--dataset", both, "--max-steps", "28",
           *learn, "--output", "alpaca-2")  # fmt: skip
-    # Both adapters merged in order say the same as the second on the merged base; reversed they are refused.
+    # Both adapters in order, kept apart or merged, say the same; reversed they are refused.
     typed("models", "merge", "longer", "--adapter", "plus", "--adapter", "alpaca-2", "--output", "final")
     refused = typed(
         "models", "merge", "longer", "--adapter", "alpaca-2", "--adapter", "plus", "--output", "wrong", code=3
@@ -129,6 +129,7 @@ def test_a_longer_vocabulary_more_pre_training_and_a_new_adapter_on_the_merged_b
     for model in (
         ("merged", "--adapter", "alpaca-2"),
         ("final",),
+        ("longer", "--adapter", "plus", "--adapter", "alpaca-2"),
     ):
         for question, answer in ((QUESTION, ANSWER), (OTHER, REPLY)):
             said = typed("generate", "--model", *model, *alpaca, "--prompt", question, "--max-new-tokens", "24")
