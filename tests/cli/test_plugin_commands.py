@@ -88,6 +88,41 @@ def test_strict_plugins_makes_a_broken_plugin_an_error(calpaca, make_plugin, mon
         build_runtime(Settings())
 
 
+IN_AN_ENVIRONMENT = {
+    "import_error": "import module_that_is_not_there",
+    "leaves": "import sys; sys.exit('bye')",
+    "wrong_signature": "from calpaca import hookimpl\n@hookimpl\ndef register_apps(surprise): return []",
+    "unknown_hook": "from calpaca import hookimpl\n@hookimpl\ndef register_ap(): return []",
+    "raises": "from calpaca import hookimpl\n@hookimpl\ndef register_apps(): raise RuntimeError('never again')",
+    "too_new": "calpaca_api = '>=2'",
+}
+COMMANDS = ("run shout --text hello", "run", "plugins", "jobs list", "models list")
+OF_NO_PLUGIN = ("--help", "sessions list", "indexes list", "settings", "chat --help", "generate --help")
+
+
+@pytest.mark.slow
+def test_every_command_works_beside_hostile_plugins_and_names_each(tmp_path, app_source) -> None:
+    python = _environment(tmp_path / "env")
+    (inner,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    for name, source in {**IN_AN_ENVIRONMENT, "zgood": app_source("shout")}.items():
+        (inner / f"plugin_{name}.py").write_text(source)
+        info = inner / f"calpaca_{name}-6.6.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: calpaca-{name}\nVersion: 6.6\n")
+        (info / "entry_points.txt").write_text(f"[calpaca]\n{name} = plugin_{name}\n")
+    for command in (*COMMANDS, *OF_NO_PLUGIN):
+        asked = [python, "-m", "calpaca", *command.split()]
+        done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        named = [f"Plugin '{name}' (calpaca-{name} 6.6) is " in done.stderr for name in IN_AN_ENVIRONMENT]
+        assert all(named) or command in OF_NO_PLUGIN, command
+        assert command != COMMANDS[0] or done.stdout == "HELLO\n"
+    strict = subprocess.run(
+        [python, "-m", "calpaca", "--strict-plugins", "run"], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert strict.returncode == 4
+
+
 # New ones ------------------------------------------------------------------------------------------------------------
 
 
