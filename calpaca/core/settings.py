@@ -34,6 +34,7 @@ PREFIX = "CALPACA_"
 
 VARIABLES = {
     "CALPACA_PLUGINS": "Names of the plugins to load, separated by commas; empty for none but the built-in one.",
+    "CALPACA_STRICT_PLUGINS": "1 ends with an error when a plugin is broken instead of going on without it.",
     "CALPACA_CACHE": "Folder for downloads, converted models and indexes.",
     "CALPACA_DATA": "Folder for the job ledger.",
     "CALPACA_CONFIG": "Folder of the user's `config.toml`.",

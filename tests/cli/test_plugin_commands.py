@@ -17,7 +17,7 @@ from calpaca.plugins import patience
 from calpaca.plugins.wiring import build_runtime
 
 HOSTILE = {
-    "hangs": ("import time; time.sleep(600)", "not imported within 4 seconds"),
+    "hangs": ("import time; time.sleep(600)", "not imported within 15 seconds"),
     "kills_itself": ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
     "leaves_at_once": ("print('no', flush=True); import os; os._exit(7)", "ended with code 7. Its last words: no"),
     "import_error": ("import module_that_is_not_there", "module_that_is_not_there"),
@@ -33,6 +33,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow  # it waits for what hangs, longer than anything else may take on a busy machine
 def test_check_names_what_hangs_crashes_clashes_or_is_not_there_and_finds_no_fault_with_the_rest(
     calpaca, make_plugin, app_source
 ) -> None:
@@ -43,7 +44,7 @@ def test_check_names_what_hangs_crashes_clashes_or_is_not_there_and_finds_no_fau
     make_plugin("without_its_builder", app_source("lost").replace(':build"', ':biuld"'))
     make_plugin("first", app_source("shout"))
     make_plugin("second", app_source("shout"))
-    result = calpaca("plugins", "--check", "--json", "--timeout", "4")
+    result = calpaca("plugins", "--check", "--json", "--timeout", "15")
     rows = {row["name"]: row for row in result.json}
     errors = {
         **{name: error for name, (_, error) in HOSTILE.items()},

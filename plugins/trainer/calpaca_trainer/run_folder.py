@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from calpaca.core.checkpoint.lineage import versions
@@ -157,9 +158,11 @@ def _report(
     yield f"# Training of {summary['base']}\n"
     yield "| | |\n| --- | --- |"
     yield from (f"| {name.replace('_', ' ')} | {value} |" for name, value in summary.items())
-    losses = [record for record in records if "loss" in record]
+    losses = [record["loss"] for record in records if "loss" in record]
     if losses:
-        yield f"\nThe training loss went from {losses[0]['loss']:.4f} to {losses[-1]['loss']:.4f}.\n"
+        some = -(-len(losses) // 10)  # batches differ more from each other than a step changes
+        first, last = fmean(losses[:some]), fmean(losses[-some:])
+        yield f"\nTraining loss: {first:.4f} in the mean of the first {some} records, {last:.4f} of the last {some}.\n"
     yield "![Losses and learning rate](loss.png)"
     for number, sample in enumerate(samples, 1):
         yield f"\n## Sample {number}\n"
