@@ -246,7 +246,8 @@ def test_a_running_server_is_asked_instead_of_loading_its_model_again(program, s
 def test_an_engine_that_is_killed_in_mid_stream_ends_that_stream_with_an_error_and_the_server_goes_on(program):
     pytest.importorskip("xllamacpp", reason="pip install 'calpaca[llama-cpp]'")
     process, url = program("--engine", "llama_cpp")
-    body = {"messages": LONG, "max_tokens": 400, "temperature": 0}
+    told = [{"role": "user", "content": "Write a long story about a llama that crosses the mountains."}]
+    body = {"messages": told, "max_tokens": 800, "temperature": 0}
     with httpx2.stream("POST", f"{url}/chat/completions", json={**body, "stream": True}, timeout=120) as response:
         lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
         for _ in range(5):
@@ -257,7 +258,7 @@ def test_an_engine_that_is_killed_in_mid_stream_ends_that_stream_with_an_error_a
     assert done == "[DONE]"
     assert "ended unexpectedly (killed by SIGKILL)" in json.loads(error)["error"]["message"]
     answer = httpx2.post(f"{url}/chat/completions", json={**body, "max_tokens": 8}, timeout=120)
-    assert answer.json()["usage"]["completion_tokens"] == 8
+    assert answer.json()["choices"][0]["message"]["content"]
     assert "calpaca_requests_running 0.0" in httpx2.get(url.removesuffix("/v1") + "/metrics").text
 
 
