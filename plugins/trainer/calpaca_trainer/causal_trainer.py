@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,11 @@ class CausalTrainer(Trainer):  # type: ignore[misc]
         prepared = super()._prepare_for_training(*arguments, **options)
         self._sharing.sharding.check(self.model_wrapped)
         return prepared
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Gradients of FSDP2 are shared out after each part of a batch, so that none lies whole in between. Trainer's own
+        way asks for a configuration that only models have which transformers has shared out."""
+        return nullcontext()
 
     def weights(self) -> Mapping[str, torch.Tensor] | None:
         """What is saved, as whole tensors, in the first process; all of them call it."""
