@@ -1,4 +1,4 @@
-"""Which options of an app an outsider may set: a client of the server, a language model that uses the app as a tool."""
+"""Which apps an outsider may run, and which of their options set: a client of the server, a language model with tools."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from pydantic.fields import FieldInfo
 
 from calpaca.plugins.app import App
 from calpaca.plugins.options import ModelOptions, OwnersOnly
+
+
+def answers_and_reads(app: App) -> bool:
+    """Whether outsiders may run an app as it is: it answers an input, and writes nothing that a person would miss."""
+    return app.kind == "answer" and app.effects == "read" and app.input is not None
 
 
 def open_options(app: App) -> dict[str, FieldInfo]:

@@ -8,11 +8,9 @@ from langchain_core.tools import BaseTool
 
 from calpaca.core.errors import CalpacaError
 from calpaca.core.runtime import Runtime
-from calpaca.plugins.app import App
+from calpaca.plugins.exposure import answers_and_reads
 from calpaca.plugins.instances import Instance, find_instance, instances
 from calpaca.plugins.options import read_options
-
-AGENT = "agent"
 
 
 def chosen_instances(names: Sequence[str], runtime: Runtime) -> list[Instance]:
@@ -23,7 +21,7 @@ def chosen_instances(names: Sequence[str], runtime: Runtime) -> list[Instance]:
     if names:
         return [find_instance(name, runtime) for name in names]
     found = (instance for _, instance in sorted(instances(runtime).items()))
-    return [each for each in found if _answers_and_reads(each.app) and _can_run(each, runtime)]
+    return [each for each in found if answers_and_reads(each.app) and _can_run(each, runtime)]
 
 
 def app_tools(names: Sequence[str], runtime: Runtime) -> list[BaseTool]:
@@ -32,10 +30,6 @@ def app_tools(names: Sequence[str], runtime: Runtime) -> list[BaseTool]:
         instance.app.as_tool(runtime, presets=instance.presets, name=instance.name, options=())
         for instance in chosen_instances(names, runtime)
     ]
-
-
-def _answers_and_reads(app: App) -> bool:
-    return app.name != AGENT and app.kind == "answer" and app.effects == "read" and app.input is not None
 
 
 def _can_run(instance: Instance, runtime: Runtime) -> bool:

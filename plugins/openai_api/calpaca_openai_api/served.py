@@ -20,7 +20,7 @@ from calpaca.core.model import Model
 from calpaca.core.runtime import Runtime
 from calpaca.core.sources import resolve_adapter
 from calpaca.core.spec import AdapterSpec, ModelSpec, is_address
-from calpaca.plugins.app import App
+from calpaca.plugins.exposure import answers_and_reads
 from calpaca.plugins.instances import Instance, instances
 from calpaca_openai_api.app_runs import AppRuns
 from calpaca_openai_api.faults import ApiError, unknown_model
@@ -153,7 +153,7 @@ class ServedModels:
         self.embedder = ServedEmbedder(reference or DEFAULT_EMBEDDING.name, reference, runtime)
         found.append(self.embedder)
         presets = _model_options(spec, reference)
-        apps = [instance for instance in instances(runtime).values() if _answers_and_reads(instance.app)]
+        apps = [instance for instance in instances(runtime).values() if answers_and_reads(instance.app)]
         found += [ServedApp(instance, {**presets, **instance.presets}, runtime) for instance in apps]
         self._by_id: dict[str, Served] = {}
         for served in found:
@@ -255,7 +255,3 @@ def _model_options(spec: ModelSpec, embedding: str | None) -> dict[str, Any]:
     if spec.adapters:
         options["adapters"] = [str(adapter) for adapter in spec.adapters]
     return {**options, "embedding": embedding} if embedding else options
-
-
-def _answers_and_reads(app: App) -> bool:
-    return app.kind == "answer" and app.effects == "read" and app.input is not None
